@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)  # native_handle() of a device-generic stream
 DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+# pip of a virtual environment that is not activated does not see the programs beside it; ninja is one.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
 
 def stop(sentence):
     raise SystemExit(f"wnkernels: {sentence}")
@@ -116,8 +119,6 @@ def check_tools():
     os.environ["CXX"] = cxx
     if not os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0)))).isdigit():
         stop(f"MAX_JOBS={os.environ['MAX_JOBS']} is not a number.")
-    # pip of a virtual environment that is not activated does not see the programs beside it.
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
     if not shutil.which("ninja"):
         stop("ninja is not installed: pip install ninja.")
 
