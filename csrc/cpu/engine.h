@@ -1,0 +1,432 @@
+// The CPU engine: runs a formula (polar.h) over the rows of a problem.
+//
+// Every reduction goes over pieces of fixed size with fixed lanes inside a piece, and pieces are added in order in
+// double. So the bits depend neither on the number of threads nor on the path taken:
+//   rows     a row is contiguous (or `outer` contiguous segments): one row at a time through the cache;
+//   split    the same, but too few rows to go around: pieces of rows in parallel, in three phases;
+//   columns  neighbouring elements belong to different rows (last dim, small inner, and rows of a few elements, which
+//            are columns with a stride): tiles of columns side by side in the lanes.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "../dispatch.h"
+#include "../kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WN_MULTIVERSION
+#endif
+
+namespace wn::cpu {
+
+constexpr int kLanes = 32;
+constexpr int64_t kPiece = 4096;        // elements reduced in one accumulator before it goes to double
+constexpr int64_t kColumnPiece = 256;   // the same along a column
+constexpr int64_t kTile = 512;          // columns side by side, at most
+constexpr int64_t kTileBytes = 1 << 18; // a tile and all its inputs stay in L2 between reading and writing
+constexpr int64_t kShortRow = 32;       // rows below this length are handled as strided columns
+constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
+
+template <class... T> struct Types {
+  static constexpr int64_t bytes = (int64_t(sizeof(T)) + ... + 0);
+};
+
+// Everything below is instantiated per translation unit: function multiversioning needs internal linkage.
+namespace {
+
+template <class Formula> constexpr int kGram = Formula::gram_inputs * (Formula::gram_inputs + 1) / 2;
+template <int n> constexpr int kAtLeastOne = n > 0 ? n : 1;
+template <class Formula> constexpr int kOutputs = kAtLeastOne<Formula::outputs>;
+template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coefficients>;
+template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
+
+// Typed access to the elements of a problem, in the accumulator type.
+template <class Formula, class In, class Out> struct Elements;
+template <class Formula, class... I, class... O> struct Elements<Formula, Types<I...>, Types<O...>> {
+  static_assert(sizeof...(I) == Formula::inputs && sizeof...(O) == Formula::outputs, "one type per operand");
+  using A = std::conditional_t<(std::is_same_v<I, double> || ...), double, float>;
+  static constexpr int64_t bytes = Types<I...>::bytes;
+
+  const void* in[Formula::inputs];
+  void* out[kOutputs<Formula>];
+
+  explicit WN_INLINE Elements(const Problem<Formula>& p) {
+    for (int k = 0; k < Formula::inputs; ++k) in[k] = p.in[k];
+    for (int l = 0; l < kOutputs<Formula>; ++l) out[l] = p.out[l];
+  }
+  template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
+  template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
+
+ private:
+  template <class B, size_t... k> WN_INLINE void load(int64_t i, B* x, std::index_sequence<k...>) const {
+    ((x[k] = static_cast<B>(widen(static_cast<const I*>(in[k])[i]))), ...);
+  }
+  template <class B, size_t... l> WN_INLINE void store(int64_t i, const B* y, std::index_sequence<l...>) const {
+    ((static_cast<O*>(out[l])[i] = narrow<O>::from(y[l])), ...);
+  }
+};
+
+template <class Formula, class A> WN_INLINE void add_products(const A* x, A* gram) {
+  for (int j = 0; j < Formula::gram_inputs; ++j)
+    for (int i = 0; i <= j; ++i) gram[j * (j + 1) / 2 + i] += x[i] * x[j];
+}
+
+// Calls piece(begin, end) with the offsets of each run of at most kPiece contiguous elements of a row, in order.
+template <class F> WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece) {
+  for (int64_t o = 0; o < layout.outer; ++o) {
+    const int64_t base = (o * layout.rows + row) * layout.inner;
+    for (int64_t b = 0; b < layout.inner; b += kPiece) piece(base + b, base + std::min(b + kPiece, layout.inner));
+  }
+}
+
+template <class Formula, class E>
+WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
+  using A = typename E::A;
+  A lanes[kGram<Formula>][kLanes] = {};
+  const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
+    A x[Formula::inputs], products[kGram<Formula>] = {};
+    elements.load(i, x);
+    add_products<Formula>(x, products);
+    for (int p = 0; p < kGram<Formula>; ++p) lanes[p][lane] += products[p];
+  };
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (int lane = 0; i + lane < end; ++lane) add(i + lane, lane);
+  for (int p = 0; p < kGram<Formula>; ++p) {
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) lanes[p][lane] += lanes[p][lane + width];
+    gram[p] = lanes[p][0];
+  }
+}
+
+template <class Formula, class E>
+WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients) {
+  using A = typename E::A;
+  A c[kCoefficients<Formula>];
+  for (int q = 0; q < kCoefficients<Formula>; ++q) c[q] = coefficients[q];
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    A x[Formula::inputs], y[kOutputs<Formula>];
+    elements.load(i, x);
+    Formula::combine(c, x, y);
+    elements.store(i, y);
+  }
+}
+
+template <class Formula, class E>
+WN_MULTIVERSION void raise_to_largest(const E& elements, int64_t begin, int64_t end, typename E::A* largest) {
+  using A = typename E::A;
+  A lanes[Formula::inputs][kLanes] = {};
+  const auto raise = [&](int64_t i, int lane) __attribute__((always_inline)) {
+    A x[Formula::inputs];
+    elements.load(i, x);
+    for (int k = 0; k < Formula::inputs; ++k) {
+      const A m = magnitude(x[k]);
+      lanes[k][lane] = m > lanes[k][lane] ? m : lanes[k][lane];
+    }
+  };
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) raise(i + lane, lane);
+  }
+  for (int lane = 0; i + lane < end; ++lane) raise(i + lane, lane);
+  for (int k = 0; k < Formula::inputs; ++k)
+    for (int lane = 0; lane < kLanes; ++lane) largest[k] = std::max(largest[k], lanes[k][lane]);
+}
+
+// A row that leaves the range of its accumulator: solved in double on scaled inputs (see polar.h).
+// Returns false, and does nothing, where scaling cannot help: non-finite inputs, or inputs that are exactly zero.
+template <class Formula, class E, class A>
+__attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const E& elements, int64_t row,
+                                          const A* gram, bool exact) {
+  const Layout& layout = problem.layout;
+  const auto for_row = [&](auto&& element) {
+    for (int64_t o = 0; o < layout.outer; ++o)
+      for (int64_t i = 0; i < layout.inner; ++i) element((o * layout.rows + row) * layout.inner + i);
+  };
+  A largest[Formula::inputs] = {};
+  for_pieces(layout, row, [&](int64_t begin, int64_t end) { raise_to_largest<Formula>(elements, begin, end, largest); });
+  bool helps = !exact;
+  for (int k = 0; k < Formula::gram_inputs; ++k) {
+    const A square = gram[k * (k + 1) / 2 + k];
+    if (std::isnan(square) || std::isinf(largest[k])) return false;
+    helps |= !safe_square(square) && largest[k] > 0;
+  }
+  if (!helps) return false;
+
+  int e[Formula::inputs];
+  PowerOfTwo scale[Formula::inputs];
+  for (int k = 0; k < Formula::inputs; ++k) {
+    e[k] = largest[k] > 0 ? std::ilogb(largest[k]) : 0;
+    scale[k] = PowerOfTwo(-e[k]);
+  }
+  const auto load = [&](int64_t at, double* x) {
+    elements.load(at, x);
+    for (int k = 0; k < Formula::inputs; ++k) x[k] = scale[k] * x[k];
+  };
+  double wide[kGram<Formula>] = {}, c[kCoefficients<Formula>], result[kResults<Formula>];
+  for_row([&](int64_t at) {
+    double x[Formula::inputs];
+    load(at, x);
+    add_products<Formula>(x, wide);
+  });
+  problem.formula.solve(row, wide, e, c, result);
+  for (double& q : c) q = finite(q);
+  problem.formula.finish(row, result);
+  if constexpr (Formula::outputs > 0) {
+    for_row([&](int64_t at) {
+      double x[Formula::inputs], y[kOutputs<Formula>];
+      load(at, x);
+      Formula::combine(c, x, y);
+      elements.store(at, y);
+    });
+  }
+  return true;
+}
+
+// From a row's Gram matrix to its coefficients; true when the row still has to be combined with them.
+template <class Formula, class E>
+WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int64_t row, const double* sums,
+                         typename E::A* c) {
+  using A = typename E::A;
+  constexpr int unscaled[Formula::inputs] = {};
+  A gram[kGram<Formula>], result[kResults<Formula>];
+  for (int p = 0; p < kGram<Formula>; ++p) gram[p] = static_cast<A>(sums[p]);
+  problem.formula.solve(row, gram, unscaled, c, result);
+  const bool exact = problem.formula.exact(c);
+  bool safe = exact;
+  for (int k = 0; k < Formula::gram_inputs; ++k) safe &= safe_square(gram[k * (k + 1) / 2 + k]);
+  if (__builtin_expect(!safe, 0) && scaled_row(problem, elements, row, gram, exact)) return false;
+  problem.formula.finish(row, result);
+  return Formula::outputs > 0;
+}
+
+template <class Formula, class E>
+WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
+  using A = typename E::A;
+  const E elements(problem);
+  for (int64_t row = first; row < last; ++row) {
+    double sums[kGram<Formula>] = {};
+    for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      A gram[kGram<Formula>];
+      reduce_piece<Formula>(elements, begin, end, gram);
+      for (int p = 0; p < kGram<Formula>; ++p) sums[p] += gram[p];
+    });
+    A c[kCoefficients<Formula>];
+    if (solve_row(problem, elements, row, sums, c)) {
+      if constexpr (Formula::outputs > 0)
+        for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+          combine_piece<Formula>(elements, begin, end, c);
+        });
+    }
+  }
+}
+
+template <class Formula, class E>
+WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
+  reduce_piece<Formula>(elements, begin, end, gram);
+}
+
+template <class Formula, class E>
+WN_MULTIVERSION void combine_range(const E& elements, int64_t begin, int64_t end, const typename E::A* c) {
+  combine_piece<Formula>(elements, begin, end, c);
+}
+
+template <class Formula, class E> void split_rows(const Problem<Formula>& problem) {
+  using A = typename E::A;
+  const E elements(problem);
+  const Layout& layout = problem.layout;
+  struct Piece { int64_t row, begin, end; };
+  std::vector<Piece> pieces;
+  for (int64_t row = 0; row < layout.rows; ++row)
+    for_pieces(layout, row, [&](int64_t begin, int64_t end) { pieces.push_back({row, begin, end}); });
+  const int64_t count = static_cast<int64_t>(pieces.size()), grain = std::max<int64_t>(1, kGrain / kPiece);
+
+  struct Gram { A sum[kGram<Formula>]; };
+  std::vector<Gram> grams(count);
+  at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) reduce_range<Formula>(elements, pieces[i].begin, pieces[i].end, grams[i].sum);
+  });
+
+  struct Row { A c[kCoefficients<Formula>]; bool combine; };
+  std::vector<Row> rows(layout.rows);
+  for (int64_t row = 0, i = 0; row < layout.rows; ++row) {
+    double sums[kGram<Formula>] = {};
+    for (; i < count && pieces[i].row == row; ++i)
+      for (int p = 0; p < kGram<Formula>; ++p) sums[p] += grams[i].sum[p];
+    rows[row].combine = solve_row(problem, elements, row, sums, rows[row].c);
+  }
+  if constexpr (Formula::outputs > 0)
+    at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const Row& row = rows[pieces[i].row];
+        if (row.combine) combine_range<Formula>(elements, pieces[i].begin, pieces[i].end, row.c);
+      }
+    });
+}
+
+// How a problem reads as a matrix of columns: element `o` of column `c` lies at c * step + o * stride, and row u owns
+// the columns [u * width, (u + 1) * width).
+struct Columns {
+  int64_t length, count, width, step, stride;
+};
+
+template <class Formula, class E, bool contiguous>
+WN_MULTIVERSION void reduce_columns(const E& elements, Columns m, int64_t c0, int64_t c1, int64_t o0, int64_t o1,
+                                    typename E::A (*gram)[kTile]) {
+  using A = typename E::A;
+  const int64_t width = c1 - c0;
+  for (int p = 0; p < kGram<Formula>; ++p)
+    for (int64_t c = 0; c < width; ++c) gram[p][c] = 0;
+  for (int64_t o = o0; o < o1; ++o) {
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      A x[Formula::inputs], products[kGram<Formula>] = {};
+      elements.load((c0 + c) * (contiguous ? 1 : m.step) + o * m.stride, x);
+      add_products<Formula>(x, products);
+      for (int p = 0; p < kGram<Formula>; ++p) gram[p][c] += products[p];
+    }
+  }
+}
+
+template <class Formula, class E, bool contiguous>
+WN_MULTIVERSION void combine_columns(const E& elements, Columns m, int64_t c0, int64_t c1, int64_t o0, int64_t o1,
+                                     const typename E::A (*coefficients)[kTile]) {
+  using A = typename E::A;
+  const int64_t width = c1 - c0;
+  for (int64_t o = o0; o < o1; ++o) {
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      A x[Formula::inputs], y[kOutputs<Formula>], k[kCoefficients<Formula>];
+      const int64_t at = (c0 + c) * (contiguous ? 1 : m.step) + o * m.stride;
+      elements.load(at, x);
+      for (int q = 0; q < kCoefficients<Formula>; ++q) k[q] = coefficients[q][c];
+      Formula::combine(k, x, y);
+      elements.store(at, y);
+    }
+  }
+}
+
+template <class Formula, class E, bool contiguous>
+void run_columns(const Problem<Formula>& problem, Columns m) {
+  using A = typename E::A;
+  const E elements(problem);
+  struct Grams { A sum[kGram<Formula>][kTile]; };
+  struct Tile { A c[kCoefficients<Formula>][kTile]; };
+
+  // The width of a tile depends on the shape alone; columns of one row stay together.
+  const int64_t fitting = kTileBytes / std::max<int64_t>(1, m.length * E::bytes);
+  const int64_t wanted = std::min(kTile, std::max<int64_t>(64, fitting));
+  const int64_t tile = std::max<int64_t>(1, wanted / m.width) * m.width;
+  const int64_t tiles = (m.count + tile - 1) / tile, pieces = (m.length + kColumnPiece - 1) / kColumnPiece;
+  const auto reduce = [&](int64_t t, int64_t piece, Grams& g) {
+    reduce_columns<Formula, E, contiguous>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), piece * kColumnPiece,
+                                           std::min(m.length, (piece + 1) * kColumnPiece), g.sum);
+  };
+  // Coefficients of all columns of a tile; a row that had to be scaled keeps its (already written) output, which is
+  // possible only row by row, so then the tile is combined here and false is returned.
+  const auto solve = [&](int64_t t, const double (*sums)[kTile], Tile& out) {
+    const int64_t c0 = t * tile, c1 = std::min(m.count, c0 + tile);
+    std::vector<std::pair<int64_t, bool>> rows;
+    bool all = true;
+    for (int64_t c = c0; c < c1; c += m.width) {
+      double row_sums[kGram<Formula>] = {};
+      for (int p = 0; p < kGram<Formula>; ++p)
+        for (int64_t i = 0; i < m.width; ++i) row_sums[p] += sums[p][c - c0 + i];
+      A coefficient[kCoefficients<Formula>];
+      const bool combine = solve_row(problem, elements, c / m.width, row_sums, coefficient);
+      all &= combine;
+      if constexpr (Formula::outputs > 0) rows.emplace_back(c, combine);
+      for (int q = 0; q < Formula::coefficients; ++q)
+        for (int64_t i = 0; i < m.width; ++i) out.c[q][c - c0 + i] = coefficient[q];
+    }
+    if constexpr (Formula::outputs > 0) {
+      if (!all)
+        for (const auto& [c, combine] : rows) {
+          if (!combine) continue;
+          A coefficient[kCoefficients<Formula>];
+          for (int q = 0; q < Formula::coefficients; ++q) coefficient[q] = out.c[q][c - c0];
+          for (int64_t o = 0; o < m.length; ++o)
+            for (int64_t i = 0; i < m.width; ++i) {
+              A x[Formula::inputs], y[kOutputs<Formula>];
+              const int64_t at = (c + i) * m.step + o * m.stride;
+              elements.load(at, x);
+              Formula::combine(coefficient, x, y);
+              elements.store(at, y);
+            }
+        }
+    }
+    return all;
+  };
+  const auto combine = [&](int64_t t, int64_t o0, int64_t o1, const Tile& in) {
+    if constexpr (Formula::outputs > 0)
+      combine_columns<Formula, E, contiguous>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), o0, o1, in.c);
+  };
+  const auto add = [](double (*sums)[kTile], const Grams& g) {
+    for (int p = 0; p < kGram<Formula>; ++p)
+      for (int64_t c = 0; c < kTile; ++c) sums[p][c] += g.sum[p][c];
+  };
+
+  if (tiles >= 2 * at::get_num_threads() || pieces <= 1 || m.count * m.length <= kGrain) {
+    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (tile * std::max<int64_t>(1, m.length))),
+                     [&](int64_t first, int64_t last) {
+      std::vector<Grams> grams(1);
+      std::vector<Tile> coefficients(1);
+      for (int64_t t = first; t < last; ++t) {
+        double sums[kGram<Formula>][kTile] = {};
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          reduce(t, piece, grams[0]);
+          add(sums, grams[0]);
+        }
+        if (solve(t, sums, coefficients[0])) combine(t, 0, m.length, coefficients[0]);
+      }
+    });
+    return;
+  }
+  std::vector<Grams> grams(tiles * pieces);
+  at::parallel_for(0, tiles * pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) reduce(i / pieces, i % pieces, grams[i]);
+  });
+  std::vector<Tile> coefficients(tiles);
+  std::vector<char> ready(tiles);
+  for (int64_t t = 0; t < tiles; ++t) {
+    double sums[kGram<Formula>][kTile] = {};
+    for (int64_t piece = 0; piece < pieces; ++piece) add(sums, grams[t * pieces + piece]);
+    ready[t] = solve(t, sums, coefficients[t]);
+  }
+  at::parallel_for(0, tiles * pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t piece = i % pieces;
+      if (ready[i / pieces])
+        combine(i / pieces, piece * kColumnPiece, std::min(m.length, (piece + 1) * kColumnPiece), coefficients[i / pieces]);
+    }
+  });
+}
+
+template <class Formula, class In, class Out> void run_typed(const Problem<Formula>& problem) {
+  using E = Elements<Formula, In, Out>;
+  const Layout& layout = problem.layout;
+  const int64_t length = layout.row_length();
+  if (length == 0) return rows_in_range<Formula, E>(problem, 0, layout.rows);
+  if (layout.outer == 1 && length < kShortRow && layout.rows > 1)
+    return run_columns<Formula, E, false>(problem, {length, layout.rows, 1, length, 1});
+  if (layout.outer > 1 && layout.inner < kShortRow)
+    return run_columns<Formula, E, true>(problem, {layout.outer, layout.rows * layout.inner, layout.inner, 1,
+                                                   layout.rows * layout.inner});
+  if (layout.rows < 2 * at::get_num_threads() && layout.rows * length > kGrain) return split_rows<Formula, E>(problem);
+  at::parallel_for(0, layout.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length)),
+                   [&](int64_t first, int64_t last) { rows_in_range<Formula, E>(problem, first, last); });
+}
+
+}  // namespace
+}  // namespace wn::cpu

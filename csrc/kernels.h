@@ -1,0 +1,40 @@
+// What the torch side hands to an engine: plain structs of pointers and sizes, one entry point per backend.
+#pragma once
+
+#include "polar.h"
+
+namespace wn {
+
+// Row u of a tensor is the set of its elements (o, u, i), element (o, u, i) at offset (o * rows + u) * inner + i.
+// dim 0 has outer = 1 (contiguous rows), the last dim inner = 1 (columns).
+struct Layout {
+  int64_t outer = 1, rows = 0, inner = 0;
+  WN_INLINE int64_t row_length() const { return outer * inner; }
+};
+
+// One kernel call: a formula over rows that all lie in the same layout. Outputs may alias inputs element by element.
+template <class Formula> struct Problem {
+  static constexpr int inputs = Formula::inputs, outputs = Formula::outputs > 0 ? Formula::outputs : 1;
+  Formula formula;
+  Layout layout;
+  const void* in[inputs];
+  DType in_type[inputs];
+  void* out[outputs];
+  DType out_type[outputs];
+};
+
+// Both run the problem to its end or queue it; a dtype combination without an instantiation throws std::runtime_error,
+// a CUDA failure too. Allowed: x_0 (v) of any dtype; G, w of v's dtype, or fp32 with a 16-bit v, or 16-bit with an
+// fp32 v; an output v- or G-typed.
+namespace cpu {
+template <class Formula> void run(const Problem<Formula>& problem);
+}
+namespace cuda {
+// Few long rows are spread over the whole GPU only if there is a workspace: device memory of at least
+// workspace_bytes(problem), possibly none, that belongs to this call until the stream has passed it. The caller owns it,
+// so that its allocator keeps it stream-ordered and graph-capturable.
+template <class Formula> int64_t workspace_bytes(const Problem<Formula>& problem);
+template <class Formula> void run(const Problem<Formula>& problem, void* stream, void* workspace = nullptr);
+}
+
+}  // namespace wn

@@ -1,0 +1,344 @@
+// Operators: argument checks, output allocation, dispatch to the engines.
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+
+namespace wn {
+
+using at::ScalarType;
+using at::Tensor;
+
+Kind parse_kind(string_view kind) {
+  if (kind == "swn") return Kind::swn;
+  TORCH_CHECK_VALUE(kind == "ewn", "kind must be 'swn' (w = g v/|v|) or 'ewn' (w = exp(alpha) v/|v|), got '",
+                    std::string(kind), "'");
+  return Kind::ewn;
+}
+
+Dim wrap_dim(const Tensor& v, Dim dim) {
+  if (!dim) return dim;
+  const int64_t dims = v.dim();
+  TORCH_CHECK_VALUE(dims > 0 && *dim >= -dims && *dim < dims, "dim must be None or in [", -dims, ", ", dims - 1,
+                    "] for a tensor of ", dims, " dimensions, got ", *dim);
+  return *dim < 0 ? *dim + dims : *dim;
+}
+
+ScalarType accumulate_type(ScalarType weight) { return weight == at::kDouble ? at::kDouble : at::kFloat; }
+
+namespace {
+
+bool is_16bit(ScalarType t) { return t == at::kBFloat16 || t == at::kHalf; }
+
+void check_weight_dtype(const char* name, ScalarType t) {
+  TORCH_CHECK_TYPE(t == at::kFloat || t == at::kDouble || is_16bit(t), name,
+                   " must be float32, float64, bfloat16 or float16, got ", t);
+}
+
+// Beside v: v's dtype, or float32 with a 16-bit v, or 16-bit with a float32 v.
+void check_pair(const char* name, ScalarType t, ScalarType v) {
+  check_weight_dtype(name, t);
+  TORCH_CHECK_TYPE(t == v || (t == at::kFloat && is_16bit(v)) || (is_16bit(t) && v == at::kFloat), name,
+                   " must have v's dtype, or be float32 beside a 16-bit v or 16-bit beside a float32 v; got ", t,
+                   " beside ", v);
+}
+
+void check_device(const char* name, const Tensor& t, const Tensor& v) {
+  TORCH_CHECK(t.device() == v.device(), name, " must be on v's device ", v.device(), ", got ", t.device());
+}
+
+void check_radius(const Tensor& g, const Tensor& v, Dim dim) {
+  check_device("g", g, v);
+  TORCH_CHECK_TYPE(g.scalar_type() == v.scalar_type() || (g.scalar_type() == at::kFloat && is_16bit(v.scalar_type())),
+                   "g must have v's dtype, or be float32 beside a 16-bit v; got ", g.scalar_type(), " beside ",
+                   v.scalar_type());
+  bool fits;
+  if (!dim) {
+    fits = true;
+    for (const auto& size : g.sym_sizes()) fits = fits && size == 1;
+  } else if (g.dim() == v.dim()) {
+    fits = true;
+    for (int64_t d = 0; d < v.dim(); ++d) fits = fits && g.sym_size(d) == (d == *dim ? v.sym_size(d) : c10::SymInt(1));
+  } else {
+    fits = g.dim() == 1 && g.sym_size(0) == v.sym_size(*dim);
+  }
+  if (fits) return;
+  TORCH_CHECK_VALUE(dim, "g must be 0-d or all ones for dim=None, got shape ", g.sym_sizes());
+  TORCH_CHECK_VALUE(false, "g must have shape (", v.sym_size(*dim), ",) or v's shape ", v.sym_sizes(),
+                    " with 1 in every dimension but ", *dim, "; got ", g.sym_sizes());
+}
+
+void check_gradient(const char* name, const Tensor& grad, const Tensor& v) {
+  check_device(name, grad, v);
+  check_pair(name, grad.scalar_type(), v.scalar_type());
+  TORCH_CHECK_VALUE(grad.sym_sizes() == v.sym_sizes(), name, " must have v's shape ", v.sym_sizes(), ", got ",
+                    grad.sym_sizes());
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    case at::kBFloat16: return DType::bf16;
+    default: return DType::f16;
+  }
+}
+
+Tensor dense(const Tensor& v) { return v.is_non_overlapping_and_dense() ? v : v.contiguous(); }
+
+// t with exactly the strides of `like`, which is dense.
+Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  return t.strides() == like.strides() ? t : at::empty_like(like, t.options()).copy_(t);
+}
+
+// In a dense tensor the elements inside `dim` are as many as its stride says, whatever the order of the other dims.
+Layout layout_of(const Tensor& dense_v, Dim dim) {
+  const int64_t rows = dim ? dense_v.size(*dim) : 1, length = rows == 0 ? 0 : dense_v.numel() / rows;
+  if (rows <= 1 || length == 0) return {1, rows, length};
+  const int64_t inner = dense_v.stride(*dim);
+  return {length / inner, rows, inner};
+}
+
+RowValues values_of(const Tensor& contiguous) {
+  return {contiguous.const_data_ptr(), dtype_of(contiguous), 0};
+}
+RowResults results_of(const Tensor& contiguous) { return {contiguous.mutable_data_ptr(), dtype_of(contiguous)}; }
+
+template <class Formula>
+Problem<Formula> problem_of(Formula formula, const Layout& layout, std::initializer_list<const Tensor*> in,
+                            std::initializer_list<const Tensor*> out) {
+  Problem<Formula> p{std::move(formula), layout, {}, {}, {}, {}};
+  int k = 0;
+  for (const Tensor* t : in) {
+    p.in[k] = t->const_data_ptr();
+    p.in_type[k++] = dtype_of(*t);
+  }
+  k = 0;
+  for (const Tensor* t : out) {
+    p.out[k] = t->mutable_data_ptr();
+    p.out_type[k++] = dtype_of(*t);
+  }
+  return p;
+}
+
+template <class Formula> void run(const Problem<Formula>& problem, const Tensor& on) {
+  if (problem.layout.rows == 0) return;
+  if (on.is_cpu()) return cpu::run(problem);
+#if defined(WN_WITH_CUDA)
+  const c10::DeviceGuard guard(on.device());
+  const c10::impl::VirtualGuardImpl device(c10::DeviceType::CUDA);
+  cuda::run(problem, device.getStream(on.device()).native_handle());
+#else
+  TORCH_CHECK(false, "this build of wnkernels has no kernels for ", on.device());
+#endif
+}
+
+// ---- one function per operator, for CPU, CUDA and Meta -----------------------------------------------------------
+
+Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, std::optional<ScalarType> out_dtype) {
+  const Kind k = parse_kind(kind);
+  check_weight_dtype("v", v.scalar_type());
+  dim = wrap_dim(v, dim);
+  check_radius(g, v, dim);
+  const ScalarType out = out_dtype.value_or(v.scalar_type());
+  check_pair("out_dtype", out, v.scalar_type());
+  const Tensor x = dense(v);
+  Tensor w = at::empty_like(x, x.options().dtype(out));
+  if (!v.is_meta()) {
+    const Tensor radius = g.contiguous();
+    run(problem_of(Forward{k, values_of(radius)}, layout_of(x, dim), {&x}, {&w}), v);
+  }
+  return w;
+}
+
+template <class Formula>
+void run_backward(const Tensor& G, const Tensor& x, const Tensor& g, Dim dim, Kind kind, const Tensor& dr,
+                  std::initializer_list<const Tensor*> out) {
+  const Tensor radius = g.contiguous();
+  Formula formula;
+  formula.kind = kind;
+  formula.radius = values_of(radius);
+  formula.radius_gradient = results_of(dr);
+  run(problem_of(formula, layout_of(x, dim), {&x, &G}, out), x);
+}
+
+Tensor like_radius(const Tensor& g) { return at::empty_like(g, at::MemoryFormat::Contiguous); }
+
+std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim,
+                                                string_view kind) {
+  const Kind k = parse_kind(kind);
+  check_weight_dtype("v", v.scalar_type());
+  dim = wrap_dim(v, dim);
+  check_radius(g, v, dim);
+  check_gradient("grad", grad, v);
+  const Tensor x = dense(v);
+  Tensor dv = at::empty_like(x), dr = like_radius(g);
+  if (!v.is_meta()) run_backward<Backward>(in_layout_of(grad, x), x, g, dim, k, dr, {&dv});
+  return {dv, dr};
+}
+
+Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  const Kind k = parse_kind(kind);
+  check_weight_dtype("v", v.scalar_type());
+  dim = wrap_dim(v, dim);
+  check_radius(g, v, dim);
+  check_gradient("grad", grad, v);
+  const Tensor x = dense(v);
+  Tensor dr = like_radius(g);
+  if (!v.is_meta()) run_backward<RadiusBackward>(in_layout_of(grad, x), x, g, dim, k, dr, {});
+  return dr;
+}
+
+Tensor row_norm(const Tensor& v, Dim dim) {
+  check_weight_dtype("v", v.scalar_type());
+  dim = wrap_dim(v, dim);
+  const auto options = v.options().dtype(accumulate_type(v.scalar_type()));
+  Tensor n = dim ? at::empty_symint({v.sym_size(*dim)}, options) : at::empty({}, options);
+  if (!v.is_meta()) {
+    const Tensor x = dense(v);
+    run(problem_of(RowNorm{results_of(n)}, layout_of(x, dim), {&x}, {}), v);
+  }
+  return n;
+}
+
+Tensor row_scale(const Tensor& v, const Tensor& g, string_view kind) {
+  const Kind k = parse_kind(kind);
+  check_weight_dtype("v", v.scalar_type());
+  const Dim dim = wrap_dim(v, 0);
+  check_radius(g, v, dim);
+  Tensor scale = at::empty_symint({v.sym_size(0)}, v.options().dtype(accumulate_type(v.scalar_type())));
+  if (!v.is_meta()) {
+    const Tensor x = dense(v), radius = g.contiguous();
+    RowScale formula;
+    formula.kind = k;
+    formula.radius = values_of(radius);
+    formula.scale = results_of(scale);
+    run(problem_of(formula, layout_of(x, dim), {&x}, {}), v);
+  }
+  return scale;
+}
+
+Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  const Kind k = parse_kind(kind);
+  check_weight_dtype("v", v.scalar_type());
+  dim = wrap_dim(v, dim);
+  check_radius(g, v, dim);
+  check_gradient("grad", grad, v);
+  TORCH_CHECK(!v.is_alias_of(grad), "grad must not share memory with v: it is overwritten while v is read");
+  Tensor dr = like_radius(g);
+  if (!v.is_meta()) {
+    TORCH_CHECK_VALUE(grad.is_non_overlapping_and_dense(),
+                      "grad must be dense without overlap to be projected in place, got strides ", grad.strides(),
+                      " for shape ", grad.sizes());
+    run_backward<Backward>(grad, in_layout_of(v, grad), g, dim, k, dr, {&grad});
+    grad.unsafeGetTensorImpl()->bump_version();
+  }
+  return dr;
+}
+
+void normalize_(Tensor w, Dim dim, const std::optional<Tensor>& norm, double value) {
+  check_weight_dtype("w", w.scalar_type());
+  dim = wrap_dim(w, dim);
+  if (norm) {
+    check_device("norm", *norm, w);
+    check_weight_dtype("norm", norm->scalar_type());
+    const c10::SymInt rows = dim ? w.sym_size(*dim) : c10::SymInt(1);
+    TORCH_CHECK_VALUE(norm->sym_numel() == rows && norm->dim() <= 1, "norm must be a number or a tensor of shape (",
+                      rows, ",), got shape ", norm->sym_sizes());
+  }
+  if (w.is_meta()) return;
+  TORCH_CHECK_VALUE(w.is_non_overlapping_and_dense(),
+                    "w must be dense without overlap to be normalized in place, got strides ", w.strides(),
+                    " for shape ", w.sizes());
+  const Tensor target = norm ? norm->contiguous() : Tensor();
+  const RowValues radius = norm ? values_of(target) : RowValues{nullptr, DType::f32, value};
+  run(problem_of(Forward{Kind::swn, radius}, layout_of(w, dim), {&w}, {&w}), w);
+  w.unsafeGetTensorImpl()->bump_version();
+}
+
+void register_kernels(torch::Library& m) {
+  m.impl("weight_norm", TORCH_FN(weight_norm));
+  m.impl("weight_norm_backward", TORCH_FN(weight_norm_backward));
+  m.impl("radius_backward", TORCH_FN(radius_backward));
+  m.impl("row_norm", TORCH_FN(row_norm));
+  m.impl("row_scale", TORCH_FN(row_scale));
+  m.impl("project_", TORCH_FN(project_));
+  m.impl("normalize_", TORCH_FN(normalize_));
+}
+
+}  // namespace
+
+// ---- the dispatcher's view ---------------------------------------------------------------------------------------
+
+TORCH_LIBRARY(wnkernels, m) {
+  m.def("weight_norm(Tensor v, Tensor g, int? dim=0, str kind='swn', ScalarType? out_dtype=None) -> Tensor");
+  m.def("weight_norm_backward(Tensor grad, Tensor v, Tensor g, int? dim, str kind) -> (Tensor, Tensor)");
+  m.def("radius_backward(Tensor grad, Tensor v, Tensor g, int? dim, str kind) -> Tensor");
+  m.def("row_norm(Tensor v, int? dim=0) -> Tensor");
+  m.def("row_scale(Tensor v, Tensor g, str kind) -> Tensor");
+  m.def("project_(Tensor(a!) grad, Tensor v, Tensor g, int? dim=0, str kind='swn') -> Tensor");
+  m.def("normalize_(Tensor(a!) w, int? dim=0, Tensor? norm=None, float value=1.0) -> ()");
+  m.def("linear_forward(Tensor x, Tensor v, Tensor g, Tensor? bias, str kind) -> (Tensor, Tensor)");
+  m.def("linear_backward(Tensor grad, Tensor x, Tensor v, Tensor g, Tensor scale, str kind, bool need_x, "
+        "bool need_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("weight_norm_linear(Tensor x, Tensor v, Tensor g, Tensor? bias=None, str kind='swn', "
+        "bool? materialize=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_kernels(m); }
+#if defined(WN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_kernels(m); }
+#endif
+
+namespace op {
+
+// The lookup is made once per operator and process.
+#define WN_CALL(name, ...)                                                                                \
+  static const auto handle = c10::Dispatcher::singleton()                                                 \
+                                 .findSchemaOrThrow("wnkernels::" #name, "")                              \
+                                 .typed<decltype(op::name)>();                                            \
+  return handle.call(__VA_ARGS__)
+
+Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, std::optional<ScalarType> out_dtype) {
+  WN_CALL(weight_norm, v, g, dim, kind, out_dtype);
+}
+std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim,
+                                                string_view kind) {
+  WN_CALL(weight_norm_backward, grad, v, g, dim, kind);
+}
+Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  WN_CALL(radius_backward, grad, v, g, dim, kind);
+}
+Tensor row_norm(const Tensor& v, Dim dim) { WN_CALL(row_norm, v, dim); }
+Tensor row_scale(const Tensor& v, const Tensor& g, string_view kind) { WN_CALL(row_scale, v, g, kind); }
+Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  WN_CALL(project_, std::move(grad), v, g, dim, kind);
+}
+void normalize_(Tensor w, Dim dim, const std::optional<Tensor>& norm, double value) {
+  WN_CALL(normalize_, std::move(w), dim, norm, value);
+}
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& v, const Tensor& g,
+                                          const std::optional<Tensor>& bias, string_view kind) {
+  WN_CALL(linear_forward, x, v, g, bias, kind);
+}
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& v,
+                                                   const Tensor& g, const Tensor& scale, string_view kind, bool need_x,
+                                                   bool need_weight) {
+  WN_CALL(linear_backward, grad, x, v, g, scale, kind, need_x, need_weight);
+}
+Tensor weight_norm_linear(const Tensor& x, const Tensor& v, const Tensor& g, const std::optional<Tensor>& bias,
+                          string_view kind, std::optional<bool> materialize) {
+  WN_CALL(weight_norm_linear, x, v, g, bias, kind, materialize);
+}
+
+#undef WN_CALL
+
+}  // namespace op
+}  // namespace wn

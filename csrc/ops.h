@@ -1,0 +1,61 @@
+// The torch side of the kernels: every operator of the `wnkernels` library, as C++ calls that go through the
+// dispatcher, and the composite formulas that stand in where no kernel can (derivatives of derivatives, transforms,
+// other devices).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "polar.h"
+
+namespace wn {
+
+using Dim = std::optional<int64_t>;  // nullopt: the norm over the whole tensor
+using std::string_view;
+
+Kind parse_kind(string_view kind);
+// dim counted from the front; ValueError where v has no such dim.
+Dim wrap_dim(const at::Tensor& v, Dim dim);
+// The dtype of norms, sums and per-row state beside a weight: float32, or float64 for float64.
+at::ScalarType accumulate_type(at::ScalarType weight);
+
+// True where no kernel can go: under a forward-mode tangent or a functorch transform. Undefined tensors are allowed.
+bool needs_formula(std::initializer_list<at::Tensor> tensors);
+
+// Operators, dispatched. Shapes: v, w and their gradients alike; g and its gradient (R,) or v's shape with 1 in every
+// dim but `dim`; for dim = nullopt 0-d or all ones.
+namespace op {
+at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind,
+                       std::optional<at::ScalarType> out_dtype);
+std::tuple<at::Tensor, at::Tensor> weight_norm_backward(const at::Tensor& grad, const at::Tensor& v,
+                                                        const at::Tensor& g, Dim dim, string_view kind);
+at::Tensor radius_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind);
+at::Tensor row_norm(const at::Tensor& v, Dim dim);                                           // [R], accumulate_type
+at::Tensor row_scale(const at::Tensor& v, const at::Tensor& g, string_view kind);  // s/n, [R], accumulate_type
+at::Tensor project_(at::Tensor grad, const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind);
+void normalize_(at::Tensor w, Dim dim, const std::optional<at::Tensor>& norm, double value);
+std::tuple<at::Tensor, at::Tensor> linear_forward(const at::Tensor& x, const at::Tensor& v, const at::Tensor& g,
+                                                  const std::optional<at::Tensor>& bias, string_view kind);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                               const at::Tensor& v, const at::Tensor& g,
+                                                               const at::Tensor& scale, string_view kind, bool need_x,
+                                                               bool need_weight);
+at::Tensor weight_norm_linear(const at::Tensor& x, const at::Tensor& v, const at::Tensor& g,
+                              const std::optional<at::Tensor>& bias, string_view kind,
+                              std::optional<bool> materialize);
+}  // namespace op
+
+// The same mathematics in at:: operations: differentiable to any order, in any mode and transform.
+namespace formula {
+at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind,
+                       std::optional<at::ScalarType> out_dtype);
+std::tuple<at::Tensor, at::Tensor> weight_norm_backward(const at::Tensor& grad, const at::Tensor& v,
+                                                        const at::Tensor& g, Dim dim, string_view kind);
+at::Tensor radius_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind);
+at::Tensor row_norm(const at::Tensor& v, Dim dim);
+}  // namespace formula
+
+}  // namespace wn

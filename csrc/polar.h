@@ -1,0 +1,107 @@
+// Every formula of weight normalization, once, for all backends.
+//
+// A weight has rows u with direction parameter v, norm n = |v|, direction t = v/n, and a radius parameter r:
+// SWN r = g, w = g t; EWN r = alpha, w = e^alpha t. s is the signed radius: g, or e^alpha.
+// For the gradient G = dL/dw: p = <G, t> is its radial part, G - p t its tangential part.
+//
+// A formula is what an engine needs to know of one kernel. Per row:
+//   1. the engine reads the `inputs` input rows x_0.. and reduces the Gram matrix of the first `gram_inputs` of them,
+//      packed as gram[j (j + 1) / 2 + i] = <x_i, x_j>, i <= j;
+//   2. `solve` turns the Gram matrix and the row's parameters into `coefficients` numbers c for the elements and
+//      `results` numbers for the row; `exact` tells whether these c lost nothing to over- or underflow;
+//   3. `combine` turns the elements x into the elements y of the `outputs` output rows;
+//   4. `finish` stores the row's results, once per row.
+// A row whose Gram matrix or coefficients leave the range of the accumulator A is solved again in double with
+// x_i scaled by 2^-e_i to a largest magnitude in [1, 2); elsewhere all e_i are 0. So `solve` never under- or overflows
+// before its result does.
+#pragma once
+
+#include "numeric.h"
+
+namespace wn {
+
+enum class Kind : int { swn, ewn };
+
+WN_INLINE float exponential(float x) { return ::expf(x); }
+WN_INLINE double exponential(double x) { return ::exp(x); }
+WN_INLINE float square_root(float x) { return ::sqrtf(x); }
+WN_INLINE double square_root(double x) { return ::sqrt(x); }
+WN_INLINE float shifted(float x, int e) { return e == 0 ? x : ::ldexpf(x, e); }
+WN_INLINE double shifted(double x, int e) { return e == 0 ? x : ::ldexp(x, e); }
+
+// s, the signed length of the row of w. In float it may overflow, which `exact` sees; in double it saturates.
+WN_INLINE float signed_radius(Kind kind, float r) { return kind == Kind::ewn ? exponential(r) : r; }
+WN_INLINE double signed_radius(Kind kind, double r) { return kind == Kind::ewn ? finite(exponential(r)) : r; }
+
+// n = |x_0|
+struct RowNorm {
+  static constexpr int inputs = 1, gram_inputs = 1, outputs = 0, coefficients = 0, results = 1;
+  RowResults norm;
+
+  template <class A> WN_INLINE void solve(int64_t, const A* gram, const int* e, A*, A* result) const {
+    result[0] = shifted(square_root(gram[0]), e[0]);
+  }
+  template <class A> WN_INLINE bool exact(const A*) const { return true; }
+  template <class A> static WN_INLINE void combine(const A*, const A*, A*) {}
+  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { norm.set(row, result[0]); }
+};
+
+// w = (s/n) v. A zero row has no direction: w = 0.
+struct Forward {
+  static constexpr int inputs = 1, gram_inputs = 1, outputs = 1, coefficients = 1, results = 0;
+  Kind kind;
+  RowValues radius;
+
+  template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int*, A* c, A*) const {
+    const A n = square_root(gram[0]);
+    c[0] = n == A(0) ? A(0) : signed_radius(kind, radius.at<A>(row)) / n;
+  }
+  template <class A> WN_INLINE bool exact(const A* c) const { return full_precision(c[0]); }
+  template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) { y[0] = c[0] * x[0]; }
+  template <class A> WN_INLINE void finish(int64_t, const A*) const {}
+};
+
+// s/n alone, for a layer that scales its output instead of its weight.
+struct RowScale : Forward {
+  static constexpr int outputs = 0, results = 1;
+  RowResults scale;
+
+  template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int* e, A* c, A* result) const {
+    Forward::solve(row, gram, e, c, result);
+    result[0] = shifted(c[0], -e[0]);
+  }
+  template <class A> static WN_INLINE void combine(const A*, const A*, A*) {}
+  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { scale.set(row, result[0]); }
+};
+
+// From v and G: dL/dv = (s/n)(G - p t), and dL/dr = p (SWN) or s p (EWN). A zero row has zero gradients.
+struct Backward {
+  static constexpr int inputs = 2, gram_inputs = 2, outputs = 1, coefficients = 2, results = 1;
+  Kind kind;
+  RowValues radius;
+  RowResults radius_gradient;
+
+  template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int* e, A* c, A* result) const {
+    const A n = square_root(gram[0]);
+    if (n == A(0)) {
+      c[0] = c[1] = result[0] = A(0);
+      return;
+    }
+    const A s = signed_radius(kind, radius.at<A>(row));
+    const A p = gram[1] / n;
+    c[0] = shifted(s / n, e[1] - e[0]);
+    c[1] = p / n;
+    result[0] = shifted(kind == Kind::ewn ? s * p : p, e[1]);
+  }
+  template <class A> WN_INLINE bool exact(const A* c) const { return full_precision(c[0]); }
+  template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) { y[0] = c[0] * (x[1] - c[1] * x[0]); }
+  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { radius_gradient.set(row, result[0]); }
+};
+
+// dL/dr alone, for a v that needs no gradient.
+struct RadiusBackward : Backward {
+  static constexpr int outputs = 0;
+  template <class A> static WN_INLINE void combine(const A*, const A*, A*) {}
+};
+
+}  // namespace wn

@@ -1,0 +1,148 @@
+"""Weight normalization as functions.
+
+``kind="swn"`` is w = g v/‖v‖ with the radius parameter g; ``kind="ewn"`` is w = e^α v/‖v‖, and the radius parameter,
+the argument ``g`` everywhere, is α, the log of the radius. A *row* is the slice of a weight at one index of ``dim``
+(``dim=0`` of a Linear or Conv weight: one output neuron or filter); ``dim=None`` takes the whole tensor as one row.
+
+CPU and CUDA tensors of float32, float64, bfloat16 and float16 go to the kernels; sums are kept in float32, for float64
+in float64. Other devices get the same mathematics in torch operations, and a warning once. A zero row has no direction:
+its w and all its gradients are 0.
+"""
+
+import torch
+from torch.overrides import has_torch_function
+
+from . import _C
+
+__all__ = ["weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_"]
+
+_ops = torch.ops.wnkernels
+_compiling = torch.compiler.is_compiling
+
+
+def _call(name, *arguments):
+    """The operator where a graph is being recorded or an argument overrides torch functions, else the quick binding."""
+    tensors = [a for a in arguments if a is not None]
+    if _compiling() or has_torch_function(tensors):
+        return getattr(_ops, name)(*arguments)
+    try:
+        return getattr(_C, name)(*arguments)
+    except TypeError as error:
+        _explain(name, arguments, error)
+
+
+def _explain(name, arguments, error):
+    """pybind11 lists signatures where an argument has the wrong type; name the argument instead."""
+    if "incompatible function arguments" not in str(error):
+        raise error
+    for argument, value in zip(getattr(_ops, name).default._schema.arguments, arguments):
+        expected = str(argument.type)
+        good = {
+            "Tensor": isinstance(value, torch.Tensor),
+            "Optional[Tensor]": value is None or isinstance(value, torch.Tensor),
+            "Optional[int]": value is None or (isinstance(value, int) and not isinstance(value, bool)),
+            "str": isinstance(value, str),
+            "Optional[bool]": value is None or isinstance(value, bool),
+            "float": isinstance(value, (int, float)),
+        }.get(expected, value is None or isinstance(value, torch.dtype))
+        if not good:
+            allowed = "torch.dtype or None" if argument.name == "out_dtype" else expected
+            raise TypeError(f"{name}: {argument.name} must be {allowed}, got {type(value).__name__}") from None
+    raise error
+
+
+def weight_norm(v, g, dim=0, kind="swn", out_dtype=None):
+    """The weight w = s v/‖v‖ per row, with s = g (``kind="swn"``) or s = e^g (``kind="ewn"``, g is α).
+
+    Salimans & Kingma, arXiv:1602.07868, eq. 2; EWN: Morwani & Ramaswamy, arXiv:2010.12909, sec. 3. Differentiable to
+    any order in v and g, in reverse and forward mode.
+
+    Args:
+        v: direction parameter, any shape and memory layout, float32, float64, bfloat16 or float16.
+        g: radius parameter, of v's shape with 1 in every dim but ``dim``, or (R,) with R = v.shape[dim]; 0-d or all
+            ones for ``dim=None``. Of v's dtype, or float32 beside a 16-bit v.
+        dim: the dim of rows, negative counts from the end, or None.
+        kind: "swn" or "ewn".
+        out_dtype: dtype of w, default v's: v's dtype, a 16-bit type for a float32 v, or float32 for a 16-bit v.
+
+    Returns:
+        w, of v's shape, and of v's memory format where v is dense.
+
+    Raises:
+        ValueError: g's shape, dim or kind is not as above.
+        TypeError: a dtype or an argument's type is not as above.
+        RuntimeError: v and g are on different devices.
+    """
+    return _call("weight_norm", v, g, dim, kind, out_dtype)
+
+
+def weight_norm_linear(x, v, g, bias=None, kind="swn", materialize=None):
+    """x wᵀ + bias for w = ``weight_norm(v, g, 0, kind)``, without w where w costs more than it saves.
+
+    Without w, y = (x vᵀ)·(s/‖v‖) + bias, and the backward projects the gradient of w in place into that of v. The norm
+    is computed in the call, so it is never stale. Under autocast a float32 v goes to the lower type in the pass that
+    normalizes it.
+
+    Args:
+        x: (..., N), of v's dtype (outside of autocast).
+        v: (R, N).
+        g: (R, 1) or (R,), see :func:`weight_norm`.
+        bias: (R,) or None.
+        kind: "swn" or "ewn".
+        materialize: True or False choose; None leaves it to the measured rule (``materialize_is_faster`` in
+            csrc/linear.cpp). Without w on a GPU, rows of norm beyond 1e±18 may leave the range of x vᵀ in float32.
+
+    Returns:
+        y: (..., R).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`weight_norm`, and for x or bias of another shape or dtype.
+    """
+    return _call("weight_norm_linear", x, v, g, bias, kind, materialize)
+
+
+def row_norm(v, dim=0):
+    """The norm of each row: (R,), or 0-d for ``dim=None``, in float32 (float64 for a float64 v).
+
+    Free of overflow and underflow: any finite row has the norm that its numbers have. Differentiable to any order; the
+    gradient of a zero row is 0. Raises as :func:`weight_norm`.
+    """
+    return _call("row_norm", v, dim)
+
+
+def project_(grad, v, g, dim=0, kind="swn"):
+    """Turns a gradient of w into that of v, in place, and returns that of g (of α for "ewn").
+
+    ``grad`` := (s/‖v‖)(G − ⟨G, v⟩v/‖v‖²), one pass, no memory: for a gradient buffer that the caller owns.
+
+    Args:
+        grad: dL/dw, dense, of v's shape; of a dtype that ``weight_norm`` could give w. Overwritten.
+        v, g, dim, kind: as in :func:`weight_norm`.
+
+    Returns:
+        dL/dg, of g's shape and dtype.
+
+    Raises:
+        ValueError: shapes, dim or kind do not fit, or grad is not dense.
+        RuntimeError: grad shares memory with v, or requires gradients itself while they are recorded.
+    """
+    return _call("project_", grad, v, g, dim, kind)
+
+
+def normalize_(w, dim=0, norm=1.0):
+    """Scales each row of w in place to length ``norm`` and returns w. Zero rows stay zero.
+
+    Args:
+        w: dense, any shape; overwritten.
+        dim: as in :func:`weight_norm`.
+        norm: a number, or a tensor of shape (R,) (one element for ``dim=None``).
+
+    Raises:
+        ValueError: w is not dense, norm's shape or dim does not fit.
+        RuntimeError: w requires gradients while they are recorded.
+    """
+    if isinstance(norm, torch.Tensor):
+        _call("normalize_", w, dim, norm, 1.0)
+    else:
+        _call("normalize_", w, dim, None, norm)
+    return w
