@@ -194,7 +194,7 @@ setup(
         "wnkernels._C",
         relative("csrc/*.cpp", "csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=relative("csrc/**/*.h", "csrc/cuda/*.cu"),
+        depends=relative("csrc/**/*.h", "csrc/cuda/*.cu*"),
         # Without -fopenmp at::parallel_for is silently serial; contracted multiply-adds would make a result depend
         # on the instruction set; -g0 undoes the -g that many Pythons pass, half of the compile time with torch's headers.
         extra_compile_args=["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],

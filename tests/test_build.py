@@ -193,7 +193,7 @@ def test_source_distribution_is_complete(tree, tmp_path):
     wanted = {str(path.relative_to(tree)) for folder in folders for path in (tree / folder).rglob("*")
               if path.is_file() and "__pycache__" not in path.parts}
     wanted |= {"setup.py", "pyproject.toml", "Makefile", "requirements-dev.txt", "README.md", "LICENSE"}
-    assert not wanted - packed
+    assert sorted(wanted - packed) == []
     assert not [name for name in packed if name.endswith((".o", ".so", ".pyc"))]
 
 

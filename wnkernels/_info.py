@@ -70,7 +70,7 @@ def facts():
     yield "wnkernels", __version__
     yield "python", platform.python_version()
     yield "torch", f"{torch.__version__} ({'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'})"
-    yield "built with", f"{BUILD['compiler']}, torch {BUILD['torch']}"
+    yield "built with", f"C++ compiler {BUILD['compiler']}, torch {BUILD['torch']}"
     yield "built CUDA", (f"by nvcc {BUILD['cuda']} for {BUILD['cuda_archs']} ({BUILD['cuda_reason']})"
                          if BUILD["cuda"] else f"no ({BUILD['cuda_reason']})")
     yield "driver", "none" if driver is None else f"serves CUDA {driver[0]}.{driver[1]}"
