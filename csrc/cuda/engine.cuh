@@ -1,0 +1,836 @@
+// The CUDA engine: Gram matrix, coefficients, combination (polar.h), for every layout.
+//
+// The algorithm of a row (or of a tile of columns) is a device function of a problem, a plan and a row; it does not
+// care where the problem came from. It is put together from
+//   a walk    which packs of elements belong to this thread: RowWalk, ColumnWalk;
+//   a store   where they stay until the combination: Registers, or Memory (shared, or read again: from L2 if it fits);
+//   a team    the threads that reduce together: some of a warp, a block, a cluster of blocks.
+// Reductions are fixed trees without atomics, so results do not depend on timing.
+//
+// A row that left the range of its accumulator is solved again in double, from memory and before anything of it is
+// overwritten, by functions that are not inlined: they are rare, and must not cost the main path registers.
+#pragma once
+
+#include <tuple>
+
+#include "device.h"
+#include "dispatch.h"
+#include "heuristics.h"
+#include "kernels.h"
+
+namespace wn::cuda {
+
+template <class... T> struct Types {
+  template <int k> using at = std::tuple_element_t<k, std::tuple<T...>>;
+  template <int k> static constexpr int64_t bytes = sizeof(at<k>);
+  static constexpr int64_t size[] = {sizeof(T)..., 0};
+  static constexpr int64_t largest = std::max({int64_t(0), int64_t(sizeof(T))...});
+  static constexpr int64_t sum = (int64_t(0) + ... + int64_t(sizeof(T)));
+};
+
+// One instantiation: a formula with the types of its inputs and outputs.
+template <class F, class I, class O> struct Signature {
+  using Formula = F;
+  using In = I;
+  using Out = O;
+  using Sum = accumulator_t<typename In::template at<0>>;
+  static constexpr int inputs = F::inputs, outputs = F::outputs, gram_inputs = F::gram_inputs;
+  static constexpr int gram = gram_inputs * (gram_inputs + 1) / 2;
+  static constexpr int coefficients = F::coefficients > 0 ? F::coefficients : 1;
+  static constexpr int results = F::results > 0 ? F::results : 1;
+  static constexpr int pack = 16 / std::max(In::largest, Out::largest);
+};
+
+template <int n> struct Index {
+  WN_INLINE constexpr operator int() const { return n; }
+};
+template <class Body, int... k> WN_DEVICE void unrolled(std::integer_sequence<int, k...>, Body&& body) {
+  (body(Index<k>{}), ...);
+}
+// body(0), body(1), … with constants, for what has one type per input.
+template <int n, class Body> WN_DEVICE void unrolled(Body&& body) {
+  unrolled(std::make_integer_sequence<int, n>{}, body);
+}
+
+struct Plus {
+  template <class A> WN_DEVICE A operator()(A a, A b) const { return a + b; }
+};
+struct Larger {  // a NaN is no candidate
+  template <class A> WN_DEVICE A operator()(A a, A b) const { return b > a ? b : a; }
+};
+
+// ---- packs ---------------------------------------------------------------------------------------------------------
+
+// A pack of elements at the same place of every tensor. The elements outside of `lanes` are not ours.
+struct Place {
+  int64_t offset;
+  unsigned lanes;
+  int stride = 1;  // between its elements, when they move one by one
+};
+template <int pack> constexpr unsigned all_lanes = (1u << pack) - 1;
+
+template <class T> WN_DEVICE T element(const Words& words, int e) {
+  if constexpr (sizeof(T) == 2) return bit_cast<T>(static_cast<uint16_t>(words.word[e / 2] >> (16 * (e % 2))));
+  else if constexpr (sizeof(T) == 4) return bit_cast<T>(words.word[e]);
+  else return bit_cast<T>(uint64_t(words.word[2 * e]) | uint64_t(words.word[2 * e + 1]) << 32);
+}
+template <class T> WN_DEVICE void insert(Words& words, int e, T x) {
+  if constexpr (sizeof(T) == 2) words.word[e / 2] |= uint32_t(bit_cast<uint16_t>(x)) << (16 * (e % 2));
+  else if constexpr (sizeof(T) == 4) words.word[e] = bit_cast<uint32_t>(x);
+  else {
+    words.word[2 * e] = static_cast<uint32_t>(bit_cast<uint64_t>(x));
+    words.word[2 * e + 1] = static_cast<uint32_t>(bit_cast<uint64_t>(x) >> 32);
+  }
+}
+
+// Elements outside of the lanes become zeros, which change no sum.
+template <class T, int pack> WN_DEVICE Words load_pack(const void* tensor, const Place& place, bool vectors) {
+  const T* from = static_cast<const T*>(tensor) + place.offset;
+  if (vectors && place.lanes == all_lanes<pack>) return load<pack * sizeof(T)>(from);
+  Words words{};
+#pragma unroll
+  for (int e = 0; e < pack; ++e)
+    if (place.lanes >> e & 1) insert(words, e, from[e * place.stride]);
+  return words;
+}
+template <class T, int pack>
+WN_DEVICE void store_pack(void* tensor, const Place& place, bool vectors, const Words& words) {
+  T* to = static_cast<T*>(tensor) + place.offset;
+  if (vectors && place.lanes == all_lanes<pack>) return store<pack * sizeof(T)>(to, words);
+#pragma unroll
+  for (int e = 0; e < pack; ++e)
+    if (place.lanes >> e & 1) to[e * place.stride] = element<T>(words, e);
+}
+
+// The packs of all inputs at one place.
+template <class S> struct Packs {
+  static constexpr int pack = S::pack;
+  Words in[S::inputs];
+
+  WN_DEVICE void load(const Problem<typename S::Formula>& problem, const Place& place, bool vectors) {
+    unrolled<S::inputs>([&](auto k) {
+      in[k] = load_pack<typename S::In::template at<k>, pack>(problem.in[k], place, vectors);
+    });
+  }
+  template <class A> WN_DEVICE void elements(int e, A* x) const {
+    unrolled<S::inputs>([&](auto k) { x[k] = widen(element<typename S::In::template at<k>>(in[k], e)); });
+  }
+};
+
+template <class S, class A> WN_DEVICE void add_products(const A* x, A* gram) {
+#pragma unroll
+  for (int j = 0; j < S::gram_inputs; ++j)
+#pragma unroll
+    for (int i = 0; i <= j; ++i) gram[j * (j + 1) / 2 + i] += x[i] * x[j];
+}
+
+// y = combination of x, stored where the place's lanes say. `coefficients(e)` are those of the row of lane e.
+template <class S, class Coefficients>
+WN_DEVICE void combine_pack(const Problem<typename S::Formula>& problem, const Place& place, bool vectors,
+                            const Packs<S>& packs, Coefficients&& coefficients) {
+  using A = typename S::Sum;
+  constexpr int pack = S::pack;
+  if constexpr (S::outputs > 0) {
+    Words out[S::outputs] = {};
+#pragma unroll
+    for (int e = 0; e < pack; ++e) {
+      A x[S::inputs], y[S::outputs];
+      packs.elements(e, x);
+      S::Formula::combine(coefficients(e), x, y);
+      unrolled<S::outputs>([&](auto l) {
+        using T = typename S::Out::template at<l>;
+        insert(out[l], e, narrow<T>::from(y[l]));
+      });
+    }
+    unrolled<S::outputs>([&](auto l) {
+      store_pack<typename S::Out::template at<l>, pack>(problem.out[l], place, vectors, out[l]);
+    });
+  }
+}
+
+// ---- walks ---------------------------------------------------------------------------------------------------------
+
+// The packs of one row that belong to a thread. Every segment of the row lies on the grid of packs in memory, so that
+// all packs but its first and last are whole and aligned, however the row begins.
+template <int pack> struct RowWalk {
+  const Layout& layout;
+  const Plan& plan;
+  int64_t row, segment, next;
+
+  WN_DEVICE RowWalk(const Layout& layout, const Plan& plan, int64_t row, int first)
+      : layout(layout), plan(plan), row(row) {
+    const bool in_first = plan.segments <= 1 || first < plan.segment_packs;
+    segment = in_first ? 0 : first / static_cast<int>(plan.segment_packs);
+    next = in_first ? first : first % static_cast<int>(plan.segment_packs);
+  }
+  WN_DEVICE bool more() const { return segment < plan.segments && next < plan.segment_packs; }
+  WN_DEVICE Place place() const {
+    const int64_t start = (segment * layout.rows + row) * layout.inner;
+    const int shift = plan.vectors ? static_cast<int>((start + plan.misalignment) & (pack - 1)) : 0;
+    const int64_t begin = next * pack - shift, rest = layout.inner - begin;
+    unsigned lanes = all_lanes<pack>;
+    if (begin < 0) lanes &= lanes << -begin;
+    if (rest < pack) lanes &= rest > 0 ? (1u << rest) - 1 : 0u;
+    return {start + begin, more() ? lanes : 0u};
+  }
+  WN_DEVICE void advance() {
+    next += plan.step_packs;
+    if (plan.segments <= 1) return;
+    segment += plan.step_segments;
+    if (next >= plan.segment_packs) {
+      next -= plan.segment_packs;
+      ++segment;
+    }
+  }
+};
+
+// One pack of a tile of columns, down the outer dimension.
+struct ColumnWalk {
+  const Layout& layout;
+  int64_t column, outer, step;
+  unsigned lanes;
+  int stride;
+
+  WN_DEVICE bool more() const { return outer < layout.outer; }
+  WN_DEVICE Place place() const { return {outer * layout.rows * layout.inner + column, more() ? lanes : 0u, stride}; }
+  WN_DEVICE void advance() { outer += step; }
+};
+
+// ---- stores --------------------------------------------------------------------------------------------------------
+// first() reads every pack of a walk once and shows it to a visitor; again() shows the same packs with their places.
+
+template <class S> struct Registers {
+  static constexpr int slots = register_packs / S::inputs > 0 ? register_packs / S::inputs : 1;
+  Packs<S> held[slots];
+
+  template <class Walk, class Visit>
+  WN_DEVICE void first(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) {
+#pragma unroll
+    for (int i = 0; i < slots; ++i, walk.advance()) held[i].load(problem, walk.place(), plan.vectors);
+#pragma unroll
+    for (int i = 0; i < slots; ++i) visit(held[i]);
+  }
+  template <class Walk, class Visit>
+  WN_DEVICE void again(const Problem<typename S::Formula>&, const Plan&, Walk walk, Visit&& visit) const {
+#pragma unroll
+    for (int i = 0; i < slots; ++i, walk.advance()) visit(walk.place(), held[i]);
+  }
+};
+
+// In shared memory where the plan says so, and read again otherwise.
+template <class S> struct Memory {
+  // Input k of this thread's pack i; neighbouring threads have neighbouring packs, so that the banks do not conflict.
+  template <int k> WN_DEVICE static char* slot(const Plan& plan, int64_t i) {
+    int64_t before = 0;
+    unrolled<k>([&](auto j) { before += S::In::template bytes<j>; });
+    return shared<char>() + plan.store_at +
+           S::pack * (block_threads() * (i * S::In::sum + before) + tid() * S::In::template bytes<k>);
+  }
+  template <class Walk, class Visit>
+  WN_DEVICE void first(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) const {
+    int64_t i = 0;
+    stream(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
+      visit(packs);
+      if (plan.held && place.lanes != 0)
+        unrolled<S::inputs>([&](auto k) { store<S::pack * S::In::template bytes<k>>(slot<k>(plan, i), packs.in[k]); });
+      ++i;
+    });
+  }
+  template <class Walk, class Visit>
+  WN_DEVICE void again(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) const {
+    if (!plan.held) return stream(problem, plan, walk, visit);
+    for (int64_t i = 0; walk.more(); ++i, walk.advance()) {
+      const Place place = walk.place();
+      Packs<S> packs{};
+      if (place.lanes != 0)
+        unrolled<S::inputs>([&](auto k) { packs.in[k] = load<S::pack * S::In::template bytes<k>>(slot<k>(plan, i)); });
+      visit(place, packs);
+    }
+  }
+  template <class Walk, class Visit>
+  WN_DEVICE static void stream(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) {
+    while (walk.more()) {
+      Packs<S> packs[batch];
+      Place place[batch];
+#pragma unroll
+      for (int b = 0; b < batch; ++b, walk.advance()) packs[b].load(problem, place[b] = walk.place(), plan.vectors);
+#pragma unroll
+      for (int b = 0; b < batch; ++b) visit(place[b], packs[b]);
+    }
+  }
+};
+
+// ---- teams ---------------------------------------------------------------------------------------------------------
+
+// The threads that share a row: `width` threads of a block, a power of two up to a warp or the whole block, and the
+// same of the other blocks of the cluster.
+struct Team {
+  int width, rank;
+  int blocks, block;
+
+  WN_DEVICE explicit Team(const Plan& plan)
+      : width(plan.width), rank(tid() & (plan.width - 1)), blocks(1), block(0) {
+    if (plan.shape.cluster > 1) {
+      blocks = cluster_size();
+      block = cluster_rank();
+    }
+  }
+  WN_DEVICE int64_t threads() const { return int64_t(width) * blocks; }
+  WN_DEVICE int64_t thread() const { return int64_t(block) * width + rank; }
+  WN_DEVICE bool leader() const { return thread() == 0; }
+
+  // Reduces every x[i] over the team, in the same tree for every thread. Zero must be neutral for the operation.
+  template <class A, int n, class Operation> WN_DEVICE void reduce(A (&x)[n], Operation operation) const {
+    butterfly(x, width < warp ? width : warp, operation);
+    if (width <= warp) return;
+    A* partial = shared<A>();
+    A* total = partial + n * most_warps;
+    const int lane = tid() % warp, warps = width / warp;
+    block_sync();  // the results of the last reduction have been read
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (lane == 0) partial[i * most_warps + tid() / warp] = x[i];
+    block_sync();
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = lane < warps ? partial[i * most_warps + lane] : A(0);
+    butterfly(x, warp, operation);
+    if (blocks == 1) return;
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (tid() == 0) total[i] = x[i];
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      x[i] = peer(total, 0)[i];
+      for (int b = 1; b < blocks; ++b) x[i] = operation(x[i], peer(total, b)[i]);
+    }
+    cluster_sync();  // a block may neither overwrite its total nor end before the others have read it
+  }
+
+ private:
+  template <class A, int n, class Operation>
+  WN_DEVICE static void butterfly(A (&x)[n], int size, Operation operation) {
+    const unsigned all = ~0u >> (warp - size);
+    const unsigned lanes = all << (tid() % warp & ~(size - 1));
+    for (int distance = size / 2; distance > 0; distance /= 2)
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = operation(x[i], shfl_xor(lanes, x[i], distance));
+  }
+};
+
+// ---- leaving the range of the accumulator --------------------------------------------------------------------------
+
+template <class S, class A> WN_DEVICE bool all_safe(const A* gram) {
+  bool safe = true;
+#pragma unroll
+  for (int k = 0; k < S::gram_inputs; ++k) safe = safe && safe_square(gram[k * (k + 1) / 2 + k]);
+  return safe;
+}
+
+// Whether a row must be solved again in double. Infinite and NaN inputs give what they give, and zeros are exact.
+template <class S, class A> WN_DEVICE bool must_redo(const A* gram, const A* largest, bool exact) {
+  bool redo = !exact;
+#pragma unroll
+  for (int k = 0; k < S::gram_inputs; ++k) {
+    const A square = gram[k * (k + 1) / 2 + k];
+    if (square != square || largest[k] > limits<A>::largest) return false;
+    redo = redo || (!safe_square(square) && largest[k] != A(0));
+  }
+  return redo;
+}
+
+template <class S> struct Solved {
+  double coefficient[S::coefficients], result[S::results];
+  int exponent[S::inputs];
+};
+
+// Shows x, the elements of a row, scaled by 2^-exponent, with their offset; one by one, for any layout.
+template <class S, class Visit>
+WN_DEVICE void scaled_elements(const Problem<typename S::Formula>& problem, int64_t row, int64_t first, int64_t step,
+                               const int* exponent, Visit&& visit) {
+  const Layout& layout = problem.layout;
+  PowerOfTwo scale[S::inputs];
+#pragma unroll
+  for (int k = 0; k < S::inputs; ++k) scale[k] = PowerOfTwo(-exponent[k]);
+  for (int64_t j = first; j < layout.row_length(); j += step) {
+    const int64_t offset = (j / layout.inner * layout.rows + row) * layout.inner + j % layout.inner;
+    double x[S::inputs];
+    unrolled<S::inputs>([&](auto k) {
+      x[k] = scale[k] * widen(static_cast<const typename S::In::template at<k>*>(problem.in[k])[offset]);
+    });
+    visit(offset, x);
+  }
+}
+
+template <class S>
+WN_DEVICE void largest_elements(const Problem<typename S::Formula>& problem, int64_t row, const Team& team,
+                                double (&largest)[S::inputs]) {
+  const int unscaled[S::inputs] = {};
+#pragma unroll
+  for (int k = 0; k < S::inputs; ++k) largest[k] = 0;
+  scaled_elements<S>(problem, row, team.thread(), team.threads(), unscaled, [&](int64_t, const double* x) {
+#pragma unroll
+    for (int k = 0; k < S::inputs; ++k) largest[k] = Larger{}(largest[k], magnitude(x[k]));
+  });
+  team.reduce(largest, Larger{});
+}
+
+template <class S>
+WN_DEVICE Solved<S> solve_again(const Problem<typename S::Formula>& problem, int64_t row, const Team& team) {
+  double largest[S::inputs];
+  largest_elements<S>(problem, row, team, largest);
+  Solved<S> solved{};
+#pragma unroll
+  for (int k = 0; k < S::inputs; ++k) solved.exponent[k] = largest[k] > 0 ? ::ilogb(largest[k]) : 0;
+  double gram[S::gram] = {};
+  scaled_elements<S>(problem, row, team.thread(), team.threads(), solved.exponent,
+                     [&](int64_t, const double* x) { add_products<S>(x, gram); });
+  team.reduce(gram, Plus{});
+  problem.formula.solve(row, gram, solved.exponent, solved.coefficient, solved.result);
+#pragma unroll
+  for (int i = 0; i < S::coefficients; ++i) solved.coefficient[i] = finite(solved.coefficient[i]);
+  return solved;
+}
+
+template <class S>
+WN_OUTLINE void combine_again(const Problem<typename S::Formula>& problem, int64_t row, int64_t first, int64_t step,
+                              const Solved<S>& solved) {
+  if constexpr (S::outputs > 0)
+    scaled_elements<S>(problem, row, first, step, solved.exponent, [&](int64_t offset, const double* x) {
+      double y[S::outputs];
+      S::Formula::combine(solved.coefficient, x, y);
+      unrolled<S::outputs>([&](auto l) {
+        using T = typename S::Out::template at<l>;
+        static_cast<T*>(problem.out[l])[offset] = narrow<T>::from(y[l]);
+      });
+    });
+}
+
+template <class S>
+WN_OUTLINE void redo_row(const Problem<typename S::Formula>& problem, const Plan& plan, int64_t row) {
+  const Team team(plan);
+  const Solved<S> solved = solve_again<S>(problem, row, team);
+  combine_again<S>(problem, row, team.thread(), team.threads(), solved);
+  if (team.leader()) problem.formula.finish(row, solved.result);
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+template <class S> WN_DEVICE void add_pack(const Packs<S>& packs, typename S::Sum* gram) {
+  typename S::Sum sum[S::gram] = {};  // of the pack first: shorter chains of additions, which are faster and rounder
+#pragma unroll
+  for (int e = 0; e < S::pack; ++e) {
+    typename S::Sum x[S::inputs];
+    packs.elements(e, x);
+    add_products<S>(x, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < S::gram; ++i) gram[i] += sum[i];
+}
+
+template <class S, template <class> class Store>
+WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Plan& plan, int64_t row) {
+  using A = typename S::Sum;
+  const Team team(plan);
+  const RowWalk<S::pack> walk(problem.layout, plan, row, team.thread());
+  Store<S> store;
+
+  A gram[S::gram] = {};
+  store.first(problem, plan, walk, [&](const Packs<S>& packs) { add_pack<S>(packs, gram); });
+  team.reduce(gram, Plus{});
+
+  const int unscaled[S::inputs] = {};
+  A coefficient[S::coefficients], result[S::results];
+  problem.formula.solve(row, gram, unscaled, coefficient, result);
+  const bool exact = problem.formula.exact(coefficient);
+  if (!exact || !all_safe<S>(gram)) {
+    A largest[S::inputs] = {};
+    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) {
+#pragma unroll
+      for (int e = 0; e < S::pack; ++e) {
+        A x[S::inputs];
+        packs.elements(e, x);
+#pragma unroll
+        for (int k = 0; k < S::inputs; ++k) largest[k] = Larger{}(largest[k], magnitude(x[k]));
+      }
+    });
+    team.reduce(largest, Larger{});
+    if (must_redo<S>(gram, largest, exact)) return redo_row<S>(problem, plan, row);
+  }
+
+  if constexpr (S::outputs > 0)
+    store.again(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
+      combine_pack<S>(problem, place, plan.vectors, packs, [&](int) { return coefficient; });
+    });
+  if (team.leader()) problem.formula.finish(row, result);
+}
+
+template <class S, template <class> class Store>
+WN_KERNEL(most_threads)
+row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan) {
+  const int teams = block_threads() / plan.width;
+  const int64_t row = plan.first + int64_t(bid() / plan.pieces) * teams + tid() / plan.width;
+  if (row < problem.layout.rows) process_row<S, Store>(problem, plan, row);
+}
+
+// ---- rows split over blocks: partial Gram matrices, then coefficients, then the combination ------------------------
+
+template <class S> struct Workspace {
+  struct Row {
+    Solved<S> solved;
+    bool redo;
+  };
+  Row* row;
+  typename S::Sum* partial;  // [rows, pieces, gram]
+
+  static int64_t bytes(const Layout& layout, const Plan& plan) {
+    return layout.rows * int64_t(sizeof(Row) + plan.pieces * S::gram * sizeof(typename S::Sum));
+  }
+  WN_DEVICE Workspace(void* memory, const Layout& layout)
+      : row(static_cast<Row*>(memory)), partial(reinterpret_cast<typename S::Sum*>(row + layout.rows)) {}
+};
+
+template <class S>
+WN_KERNEL(most_threads)
+row_partial_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
+  const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
+  const Team team(plan);
+  const RowWalk<S::pack> walk(problem.layout, plan, row, piece * team.width + team.rank);
+  typename S::Sum gram[S::gram] = {};
+  Memory<S>::stream(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { add_pack<S>(packs, gram); });
+  team.reduce(gram, Plus{});
+  if (team.leader())
+    for (int i = 0; i < S::gram; ++i)
+      Workspace<S>(memory, problem.layout).partial[int64_t(bid()) * S::gram + i] = gram[i];
+}
+
+// A block per row.
+template <class S>
+WN_KERNEL(most_threads)
+solve_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
+  using A = typename S::Sum;
+  const Workspace<S> workspace(memory, problem.layout);
+  const Team team(plan);
+  const int64_t row = bid();
+  A gram[S::gram] = {};
+  for (int64_t piece = team.rank; piece < plan.pieces; piece += team.width)
+    for (int i = 0; i < S::gram; ++i) gram[i] += workspace.partial[(row * plan.pieces + piece) * S::gram + i];
+  team.reduce(gram, Plus{});
+
+  Solved<S> solved{};
+  A coefficient[S::coefficients] = {}, result[S::results] = {};
+  problem.formula.solve(row, gram, solved.exponent, coefficient, result);
+  for (int i = 0; i < S::coefficients; ++i) solved.coefficient[i] = coefficient[i];
+  for (int i = 0; i < S::results; ++i) solved.result[i] = result[i];
+
+  bool redo = false;
+  const bool exact = problem.formula.exact(coefficient);
+  if (!exact || !all_safe<S>(gram)) {
+    double largest[S::inputs];
+    A rounded[S::inputs];
+    largest_elements<S>(problem, row, team, largest);
+    for (int k = 0; k < S::inputs; ++k) rounded[k] = static_cast<A>(largest[k]);
+    redo = must_redo<S>(gram, rounded, exact);
+    if (redo) solved = solve_again<S>(problem, row, team);
+  }
+  if (team.leader()) {
+    workspace.row[row] = {solved, redo};
+    problem.formula.finish(row, solved.result);
+  }
+}
+
+template <class S>
+WN_KERNEL(most_threads)
+row_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
+  using A = typename S::Sum;
+  const int row = bid() / plan.pieces, first = bid() % plan.pieces * plan.width + tid();
+  const typename Workspace<S>::Row& state = Workspace<S>(memory, problem.layout).row[row];
+  if (state.redo) return combine_again<S>(problem, row, first, int64_t(plan.pieces) * plan.width, state.solved);
+  A coefficient[S::coefficients];
+  for (int i = 0; i < S::coefficients; ++i) coefficient[i] = static_cast<A>(state.solved.coefficient[i]);
+  const RowWalk<S::pack> walk(problem.layout, plan, row, first);
+  Memory<S>::stream(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
+    combine_pack<S>(problem, place, plan.vectors, packs, [&](int) { return coefficient; });
+  });
+}
+
+// ---- columns -------------------------------------------------------------------------------------------------------
+
+// A tile of whole rows whose elements are neighbours in memory: each thread owns a pack of columns (an inner element of
+// a row each) and goes down the outer dimension. Columns that cannot move as packs are dealt out one by one, so that
+// neighbouring threads still touch neighbouring memory.
+template <class S> struct Tile {
+  using A = typename S::Sum;
+  const Layout& layout;
+  const Plan& plan;
+  int64_t row0;
+  int rows, lane, line, lines;
+  A *sums, *peaks, *coefficients;
+  char* redo;
+
+  WN_DEVICE Tile(const Layout& layout, const Plan& plan, int64_t tile)
+      : layout(layout), plan(plan), row0(tile * plan.tile_rows) {
+    const int64_t rest = layout.rows - row0;
+    rows = rest < plan.tile_rows ? static_cast<int>(rest) : plan.tile_rows;
+    lane = tid() & (plan.tile_threads - 1);
+    line = tid() / plan.tile_threads;
+    lines = block_threads() / plan.tile_threads;
+    const ColumnScratch at(block_threads() / warp, plan.tile_threads * S::pack, plan.tile_rows, S::gram, S::inputs,
+                           S::coefficients, sizeof(A));
+    char* memory = shared<char>();
+    sums = reinterpret_cast<A*>(memory + at.sums);
+    peaks = reinterpret_cast<A*>(memory + at.peaks);
+    coefficients = reinterpret_cast<A*>(memory + at.coefficients);
+    redo = memory + at.flags;
+  }
+
+  WN_DEVICE int inner() const { return static_cast<int>(layout.inner); }
+  WN_DEVICE int column(int e) const { return plan.vectors ? lane * S::pack + e : lane + e * plan.tile_threads; }
+  WN_DEVICE ColumnWalk walk(int piece, int pieces) const {
+    unsigned lanes = 0;
+#pragma unroll
+    for (int e = 0; e < S::pack; ++e) lanes |= unsigned(column(e) < rows * inner()) << e;
+    return {layout, row0 * layout.inner + column(0), piece * lines + line, pieces * lines, lanes,
+            plan.vectors ? 1 : plan.tile_threads};
+  }
+
+  // total[row, i] = reduction of x[i, e] over the threads and lanes that have elements of the row.
+  template <int n, class Operation> WN_DEVICE void reduce(A (&x)[n][S::pack], A* total, Operation operation) const {
+    A* partial = shared<A>();
+    const int width = plan.tile_threads * S::pack, warps = block_threads() / warp;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+#pragma unroll
+      for (int e = 0; e < S::pack; ++e) {
+        for (int distance = warp / 2; distance >= plan.tile_threads; distance /= 2)
+          x[i][e] = operation(x[i][e], shfl_xor(~0u, x[i][e], distance));
+        if (tid() % warp < plan.tile_threads) partial[tid() / warp * width + column(e)] = x[i][e];
+      }
+      block_sync();
+      for (int row = tid(); row < rows; row += block_threads()) {
+        A sum = 0;
+        for (int w = 0; w < warps; ++w)
+          for (int j = 0; j < inner(); ++j) sum = operation(sum, partial[w * width + row * inner() + j]);
+        total[row * n + i] = sum;
+      }
+      block_sync();
+    }
+  }
+};
+
+template <class S> WN_DEVICE void add_columns(const Packs<S>& packs, typename S::Sum (&gram)[S::gram][S::pack]) {
+#pragma unroll
+  for (int e = 0; e < S::pack; ++e) {
+    typename S::Sum x[S::inputs], sum[S::gram] = {};
+    packs.elements(e, x);
+    add_products<S>(x, sum);
+#pragma unroll
+    for (int i = 0; i < S::gram; ++i) gram[i][e] += sum[i];
+  }
+}
+
+template <class S>
+WN_KERNEL(most_threads)
+column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan) {
+  using A = typename S::Sum;
+  const Tile<S> tile(problem.layout, plan, plan.first + bid());
+  const ColumnWalk walk = tile.walk(0, 1);
+  const Memory<S> store;
+
+  A gram[S::gram][S::pack] = {};
+  store.first(problem, plan, walk, [&](const Packs<S>& packs) { add_columns<S>(packs, gram); });
+  tile.reduce(gram, tile.sums, Plus{});
+
+  const int unscaled[S::inputs] = {};
+  bool uncertain = false;
+  for (int r = tid(); r < tile.rows; r += block_threads()) {
+    A result[S::results];
+    const A* sums = tile.sums + r * S::gram;
+    A* coefficient = tile.coefficients + r * S::coefficients;
+    problem.formula.solve(tile.row0 + r, sums, unscaled, coefficient, result);
+    tile.redo[r] = !problem.formula.exact(coefficient) || !all_safe<S>(sums);
+    uncertain = uncertain || tile.redo[r];
+    problem.formula.finish(tile.row0 + r, result);
+  }
+  uncertain = block_any(uncertain);
+  if (uncertain) {
+    A largest[S::inputs][S::pack] = {};
+    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) {
+#pragma unroll
+      for (int e = 0; e < S::pack; ++e) {
+        A x[S::inputs];
+        packs.elements(e, x);
+#pragma unroll
+        for (int k = 0; k < S::inputs; ++k) largest[k][e] = Larger{}(largest[k][e], magnitude(x[k]));
+      }
+    });
+    tile.reduce(largest, tile.peaks, Larger{});
+    for (int r = tid(); r < tile.rows; r += block_threads())
+      tile.redo[r] = tile.redo[r] && must_redo<S>(tile.sums + r * S::gram, tile.peaks + r * S::inputs,
+                                                  problem.formula.exact(tile.coefficients + r * S::coefficients));
+    block_sync();
+  }
+
+  if constexpr (S::outputs > 0) {
+    A coefficient[S::pack][S::coefficients];
+    unsigned fast = 0;
+#pragma unroll
+    for (int e = 0; e < S::pack; ++e) {
+      const int r = tile.column(e) / tile.inner();
+      if (r >= tile.rows || tile.redo[r]) continue;
+      fast |= 1u << e;
+#pragma unroll
+      for (int i = 0; i < S::coefficients; ++i) coefficient[e][i] = tile.coefficients[r * S::coefficients + i];
+    }
+    store.again(problem, plan, walk, [&](Place place, const Packs<S>& packs) {
+      place.lanes &= fast;
+      combine_pack<S>(problem, place, plan.vectors, packs, [&](int e) { return coefficient[e]; });
+    });
+  }
+  if (uncertain)
+    for (int r = 0; r < tile.rows; ++r)
+      if (tile.redo[r]) redo_row<S>(problem, plan, tile.row0 + r);
+}
+
+template <class S>
+WN_KERNEL(most_threads)
+column_partial_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
+  const Workspace<S> workspace(memory, problem.layout);
+  const int piece = bid() % plan.pieces;
+  const Tile<S> tile(problem.layout, plan, bid() / plan.pieces);
+  typename S::Sum gram[S::gram][S::pack] = {};
+  Memory<S>::stream(problem, plan, tile.walk(piece, plan.pieces),
+                    [&](const Place&, const Packs<S>& packs) { add_columns<S>(packs, gram); });
+  tile.reduce(gram, tile.sums, Plus{});
+  for (int i = tid(); i < tile.rows * S::gram; i += block_threads()) {
+    const int64_t row = tile.row0 + i / S::gram;
+    workspace.partial[(row * plan.pieces + piece) * S::gram + i % S::gram] = tile.sums[i];
+  }
+}
+
+template <class S>
+WN_KERNEL(most_threads)
+column_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
+  using A = typename S::Sum;
+  const Workspace<S> workspace(memory, problem.layout);
+  const int piece = bid() % plan.pieces;
+  const Tile<S> tile(problem.layout, plan, bid() / plan.pieces);
+  A coefficient[S::pack][S::coefficients];
+  unsigned fast = 0;
+#pragma unroll
+  for (int e = 0; e < S::pack; ++e) {
+    const int r = tile.column(e) / tile.inner();
+    if (r >= tile.rows) continue;
+    const typename Workspace<S>::Row& state = workspace.row[tile.row0 + r];
+    fast |= unsigned(!state.redo) << e;
+#pragma unroll
+    for (int i = 0; i < S::coefficients; ++i) coefficient[e][i] = static_cast<A>(state.solved.coefficient[i]);
+  }
+  Memory<S>::stream(problem, plan, tile.walk(piece, plan.pieces), [&](Place place, const Packs<S>& packs) {
+    place.lanes &= fast;
+    combine_pack<S>(problem, place, plan.vectors, packs, [&](int e) { return coefficient[e]; });
+  });
+  for (int r = 0; r < tile.rows; ++r) {
+    const typename Workspace<S>::Row& state = workspace.row[tile.row0 + r];
+    if (state.redo)
+      combine_again<S>(problem, tile.row0 + r, piece * block_threads() + tid(), int64_t(plan.pieces) * block_threads(),
+                       state.solved);
+  }
+}
+
+// ---- host: facts, plan, launches -----------------------------------------------------------------------------------
+
+template <class S> Facts facts_of(const Problem<typename S::Formula>& problem, bool workspace) {
+  Facts facts{};
+  facts.layout = problem.layout;
+  facts.inputs = S::inputs;
+  facts.outputs = S::outputs;
+  facts.gram = S::gram;
+  facts.coefficients = S::coefficients;
+  facts.pack = S::pack;
+  facts.input_bytes = S::In::sum;
+  facts.sum_bytes = sizeof(typename S::Sum);
+  facts.workspace = workspace;
+  const auto off_grid = [](const void* tensor, int64_t element) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(tensor) / element % S::pack);
+  };
+  facts.misalignment = off_grid(problem.in[0], S::In::size[0]);
+  facts.aligned = true;
+  for (int k = 0; k < S::inputs; ++k)
+    facts.aligned = facts.aligned && off_grid(problem.in[k], S::In::size[k]) == facts.misalignment;
+  for (int l = 0; l < S::outputs; ++l)
+    facts.aligned = facts.aligned && off_grid(problem.out[l], S::Out::size[l]) == facts.misalignment;
+  return facts;
+}
+
+template <class S>
+void launch_split(const Problem<typename S::Formula>& problem, const Plan& plan, void* workspace, void* stream) {
+  const bool columns = plan.path == Path::column_split;
+  const Shape per_row = {problem.layout.rows, plan.width, 1, plan.shape.shared_bytes};
+  launch(columns ? "columns, split: sums" : "rows, split: sums", plan.shape, stream,
+         columns ? column_partial_kernel<S> : row_partial_kernel<S>, problem, plan, workspace);
+  launch("split: coefficients", per_row, stream, solve_kernel<S>, problem, plan, workspace);
+  if constexpr (S::outputs > 0)
+    launch(columns ? "columns, split: outputs" : "rows, split: outputs", plan.shape, stream,
+           columns ? column_combine_kernel<S> : row_combine_kernel<S>, problem, plan, workspace);
+}
+
+// More blocks than a grid can have take several launches.
+template <class S, class Kernel>
+void launch_whole(const char* what, const Problem<typename S::Formula>& problem, Plan plan, void* stream,
+                  Kernel* kernel) {
+  const int64_t blocks = plan.shape.blocks, most = current_device().blocks / plan.pieces * plan.pieces;
+  for (int64_t done = 0; done < blocks; done += most) {
+    plan.shape.blocks = std::min(blocks - done, most);
+    plan.first = done / plan.pieces * plan.per_block;
+    launch(what, plan.shape, stream, kernel, problem, plan);
+  }
+}
+
+template <class S>
+void launch_path(const Problem<typename S::Formula>& problem, const Plan& plan, void* workspace, void* stream) {
+  switch (plan.path) {
+    case Path::row_registers:
+      if constexpr (S::outputs > 0)
+        launch_whole<S>("rows, registers", problem, plan, stream, row_kernel<S, Registers>);
+      return;
+    case Path::row_shared: return launch_whole<S>("rows, shared", problem, plan, stream, row_kernel<S, Memory>);
+    case Path::row_streamed: return launch_whole<S>("rows, streamed", problem, plan, stream, row_kernel<S, Memory>);
+    case Path::column_shared: return launch_whole<S>("columns, shared", problem, plan, stream, column_kernel<S>);
+    case Path::column_streamed: return launch_whole<S>("columns, streamed", problem, plan, stream, column_kernel<S>);
+    case Path::row_split:
+    case Path::column_split: return launch_split<S>(problem, plan, workspace, stream);
+  }
+}
+
+// Calls body(Signature) with the types of the problem; defined beside the instantiations of each formula.
+template <class F, class Body> void with_signature(const Problem<F>& problem, Body&& body);
+
+// A row that is the whole tensor is contiguous, whatever its dims.
+template <class F> Problem<F> simplified(Problem<F> problem) {
+  if (problem.layout.rows == 1) problem.layout = {1, 1, problem.layout.row_length()};
+  return problem;
+}
+
+template <class F> int64_t workspace_bytes(const Problem<F>& problem) {
+  int64_t bytes = 0;
+  if (problem.layout.rows > 0)
+    with_signature(problem, [&](auto signature) {
+      using S = decltype(signature);
+      const Plan plan = choose(facts_of<S>(simplified(problem), true), current_device());
+      if (plan.path == Path::row_split || plan.path == Path::column_split)
+        bytes = Workspace<S>::bytes(problem.layout, plan);
+    });
+  return bytes;
+}
+
+template <class F> void run(const Problem<F>& given, void* stream, void* workspace) {
+  if (given.layout.rows == 0) return;
+  const Problem<F> problem = simplified(given);
+  with_signature(problem, [&](auto signature) {
+    using S = decltype(signature);
+    launch_path<S>(problem, choose(facts_of<S>(problem, workspace != nullptr), current_device()), workspace, stream);
+  });
+}
+
+}  // namespace wn::cuda
