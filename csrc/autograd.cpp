@@ -58,6 +58,10 @@ struct WeightNorm : Function<WeightNorm> {
 
 Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, std::optional<ScalarType> out_dtype) {
   if (needs_formula({v, g})) return formula::weight_norm(v, g, dim, kind, out_dtype);
+  if (!differentiable({v, g})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op::weight_norm(v, g, dim, kind, out_dtype);
+  }
   return WeightNorm::apply(v, g, dim, kind, out_dtype);
 }
 

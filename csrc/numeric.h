@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(__CUDACC__)
 #define WN_INLINE __host__ __device__ __forceinline__
@@ -91,6 +92,12 @@ template <> struct narrow<f16> {
 #endif
   }
 };
+
+// f(0), f(1), ... f(n - 1) with the index a compile-time constant, so that small arrays indexed by it stay in registers.
+template <int... i, class F> WN_INLINE void static_for(std::integer_sequence<int, i...>, F&& f) {
+  (f(std::integral_constant<int, i>{}), ...);
+}
+template <int n, class F> WN_INLINE void static_for(F&& f) { static_for(std::make_integer_sequence<int, n>{}, f); }
 
 // A per-row array of any dtype, or one value for all rows when there is no array.
 struct RowValues {

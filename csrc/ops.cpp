@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -149,7 +150,7 @@ Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, 
   const ScalarType out = out_dtype.value_or(v.scalar_type());
   check_pair("out_dtype", out, v.scalar_type());
   const Tensor x = dense(v);
-  Tensor w = at::empty_like(x, x.options().dtype(out));
+  Tensor w = at::empty_strided_symint(x.sym_sizes(), x.sym_strides(), x.options().dtype(out));
   if (!v.is_meta()) {
     const Tensor radius = g.contiguous();
     run(problem_of(Forward{k, values_of(radius)}, layout_of(x, dim), {&x}, {&w}), v);

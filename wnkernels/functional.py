@@ -20,15 +20,19 @@ _ops = torch.ops.wnkernels
 _compiling = torch.compiler.is_compiling
 
 
-def _call(name, *arguments):
-    """The operator where a graph is being recorded or an argument overrides torch functions, else the quick binding."""
-    tensors = [a for a in arguments if a is not None]
-    if _compiling() or has_torch_function(tensors):
-        return getattr(_ops, name)(*arguments)
-    try:
-        return getattr(_C, name)(*arguments)
-    except TypeError as error:
-        _explain(name, arguments, error)
+def _choose(name):
+    """The pybind11 function, or the operator where a graph is recorded or an argument overrides torch functions."""
+    quick, operator = getattr(_C, name), getattr(_ops, name)
+
+    def call(*arguments):
+        try:
+            if _compiling() or has_torch_function(arguments):
+                return operator(*arguments)
+            return quick(*arguments)
+        except TypeError as error:
+            _explain(name, arguments, error)
+
+    return call
 
 
 def _explain(name, arguments, error):
@@ -49,6 +53,13 @@ def _explain(name, arguments, error):
             allowed = "torch.dtype or None" if argument.name == "out_dtype" else expected
             raise TypeError(f"{name}: {argument.name} must be {allowed}, got {type(value).__name__}") from None
     raise error
+
+
+_weight_norm = _choose("weight_norm")
+_weight_norm_linear = _choose("weight_norm_linear")
+_row_norm = _choose("row_norm")
+_project_ = _choose("project_")
+_normalize_ = _choose("normalize_")
 
 
 def weight_norm(v, g, dim=0, kind="swn", out_dtype=None):
@@ -73,7 +84,7 @@ def weight_norm(v, g, dim=0, kind="swn", out_dtype=None):
         TypeError: a dtype or an argument's type is not as above.
         RuntimeError: v and g are on different devices.
     """
-    return _call("weight_norm", v, g, dim, kind, out_dtype)
+    return _weight_norm(v, g, dim, kind, out_dtype)
 
 
 def weight_norm_linear(x, v, g, bias=None, kind="swn", materialize=None):
@@ -98,7 +109,7 @@ def weight_norm_linear(x, v, g, bias=None, kind="swn", materialize=None):
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`weight_norm`, and for x or bias of another shape or dtype.
     """
-    return _call("weight_norm_linear", x, v, g, bias, kind, materialize)
+    return _weight_norm_linear(x, v, g, bias, kind, materialize)
 
 
 def row_norm(v, dim=0):
@@ -107,7 +118,7 @@ def row_norm(v, dim=0):
     Free of overflow and underflow: any finite row has the norm that its numbers have. Differentiable to any order; the
     gradient of a zero row is 0. Raises as :func:`weight_norm`.
     """
-    return _call("row_norm", v, dim)
+    return _row_norm(v, dim)
 
 
 def project_(grad, v, g, dim=0, kind="swn"):
@@ -126,7 +137,7 @@ def project_(grad, v, g, dim=0, kind="swn"):
         ValueError: shapes, dim or kind do not fit, or grad is not dense.
         RuntimeError: grad shares memory with v, or requires gradients itself while they are recorded.
     """
-    return _call("project_", grad, v, g, dim, kind)
+    return _project_(grad, v, g, dim, kind)
 
 
 def normalize_(w, dim=0, norm=1.0):
@@ -142,7 +153,7 @@ def normalize_(w, dim=0, norm=1.0):
         RuntimeError: w requires gradients while they are recorded.
     """
     if isinstance(norm, torch.Tensor):
-        _call("normalize_", w, dim, norm, 1.0)
+        _normalize_(w, dim, norm, 1.0)
     else:
-        _call("normalize_", w, dim, None, norm)
+        _normalize_(w, dim, None, norm)
     return w

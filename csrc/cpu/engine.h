@@ -37,6 +37,8 @@ template <class... T> struct Types {
   static constexpr int64_t bytes = (int64_t(sizeof(T)) + ... + 0);
 };
 
+// Loop bodies are always_inline lambdas: `omp simd` would otherwise give a body's local arrays one copy per lane in
+// memory, and baseline code would be called from the specialized versions.
 // Everything below is instantiated per translation unit: function multiversioning needs internal linkage.
 namespace {
 
@@ -72,9 +74,11 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
 };
 
-template <class Formula, class A> WN_INLINE void add_products(const A* x, A* gram) {
-  for (int j = 0; j < Formula::gram_inputs; ++j)
-    for (int i = 0; i <= j; ++i) gram[j * (j + 1) / 2 + i] += x[i] * x[j];
+// add(p, <x_i, x_j>) for the packed pairs p = (i, j) of the Gram matrix.
+template <class Formula, class A, class F> WN_INLINE void for_products(const A* x, F&& add) {
+  static_for<Formula::gram_inputs>([&](auto j) __attribute__((always_inline)) {
+    static_for<j + 1>([&](auto i) __attribute__((always_inline)) { add(j * (j + 1) / 2 + i, x[i] * x[j]); });
+  });
 }
 
 // Calls piece(begin, end) with the offsets of each run of at most kPiece contiguous elements of a row, in order.
@@ -90,10 +94,9 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
   using A = typename E::A;
   A lanes[kGram<Formula>][kLanes] = {};
   const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
-    A x[Formula::inputs], products[kGram<Formula>] = {};
+    A x[Formula::inputs];
     elements.load(i, x);
-    add_products<Formula>(x, products);
-    for (int p = 0; p < kGram<Formula>; ++p) lanes[p][lane] += products[p];
+    for_products<Formula>(x, [&](int p, A product) __attribute__((always_inline)) { lanes[p][lane] += product; });
   };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
@@ -112,14 +115,15 @@ template <class Formula, class E>
 WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
-  for (int q = 0; q < kCoefficients<Formula>; ++q) c[q] = coefficients[q];
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
+  static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
+  const auto combine = [&](int64_t i) __attribute__((always_inline)) {
     A x[Formula::inputs], y[kOutputs<Formula>];
     elements.load(i, x);
     Formula::combine(c, x, y);
     elements.store(i, y);
-  }
+  };
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) combine(i);
 }
 
 template <class Formula, class E>
@@ -129,10 +133,10 @@ WN_MULTIVERSION void raise_to_largest(const E& elements, int64_t begin, int64_t 
   const auto raise = [&](int64_t i, int lane) __attribute__((always_inline)) {
     A x[Formula::inputs];
     elements.load(i, x);
-    for (int k = 0; k < Formula::inputs; ++k) {
+    static_for<Formula::inputs>([&](auto k) __attribute__((always_inline)) {
       const A m = magnitude(x[k]);
       lanes[k][lane] = m > lanes[k][lane] ? m : lanes[k][lane];
-    }
+    });
   };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
@@ -178,7 +182,7 @@ __attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const
   for_row([&](int64_t at) {
     double x[Formula::inputs];
     load(at, x);
-    add_products<Formula>(x, wide);
+    for_products<Formula>(x, [&](int p, double product) { wide[p] += product; });
   });
   problem.formula.solve(row, wide, e, c, result);
   for (double& q : c) q = finite(q);
@@ -288,14 +292,14 @@ WN_MULTIVERSION void reduce_columns(const E& elements, Columns m, int64_t c0, in
   const int64_t width = c1 - c0;
   for (int p = 0; p < kGram<Formula>; ++p)
     for (int64_t c = 0; c < width; ++c) gram[p][c] = 0;
+  const auto add = [&](int64_t c, int64_t o) __attribute__((always_inline)) {
+    A x[Formula::inputs];
+    elements.load((c0 + c) * (contiguous ? 1 : m.step) + o * m.stride, x);
+    for_products<Formula>(x, [&](int p, A product) __attribute__((always_inline)) { gram[p][c] += product; });
+  };
   for (int64_t o = o0; o < o1; ++o) {
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      A x[Formula::inputs], products[kGram<Formula>] = {};
-      elements.load((c0 + c) * (contiguous ? 1 : m.step) + o * m.stride, x);
-      add_products<Formula>(x, products);
-      for (int p = 0; p < kGram<Formula>; ++p) gram[p][c] += products[p];
-    }
+    for (int64_t c = 0; c < width; ++c) add(c, o);
   }
 }
 
@@ -304,16 +308,17 @@ WN_MULTIVERSION void combine_columns(const E& elements, Columns m, int64_t c0, i
                                      const typename E::A (*coefficients)[kTile]) {
   using A = typename E::A;
   const int64_t width = c1 - c0;
+  const auto combine = [&](int64_t c, int64_t o) __attribute__((always_inline)) {
+    A x[Formula::inputs], y[kOutputs<Formula>], k[kCoefficients<Formula>];
+    const int64_t at = (c0 + c) * (contiguous ? 1 : m.step) + o * m.stride;
+    elements.load(at, x);
+    static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { k[q] = coefficients[q][c]; });
+    Formula::combine(k, x, y);
+    elements.store(at, y);
+  };
   for (int64_t o = o0; o < o1; ++o) {
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      A x[Formula::inputs], y[kOutputs<Formula>], k[kCoefficients<Formula>];
-      const int64_t at = (c0 + c) * (contiguous ? 1 : m.step) + o * m.stride;
-      elements.load(at, x);
-      for (int q = 0; q < kCoefficients<Formula>; ++q) k[q] = coefficients[q][c];
-      Formula::combine(k, x, y);
-      elements.store(at, y);
-    }
+    for (int64_t c = 0; c < width; ++c) combine(c, o);
   }
 }
 
