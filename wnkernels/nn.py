@@ -106,6 +106,8 @@ def take_from_state_dict(
 ) -> tuple[Tensor, Tensor] | None:
     """Removes the weight `name`, in whichever form it is there, and returns its (radius, v) of `kind`, or None.
 
+    Raises: ValueError for a plain weight of another shape than `direction`, and for a zero row and EWN.
+
     ``original0`` is alpha if the marker ``parametrizations.{name}.0._extra_state``, which `wnkernels.weight_norm` writes
     for EWN, stands beside it; else it is g.
     """
@@ -124,10 +126,13 @@ def take_from_state_dict(
                 radius = radius.reshape(shape)
             return radius_as(kind, radius, v, source_kind, keys[0])
     if prefix + name in state_dict:
-        w = state_dict[prefix + name]
-        if w.shape == direction.shape:
-            del state_dict[prefix + name]
-            return polar_parts(w, dim, kind, direction)
+        w = state_dict.pop(prefix + name)
+        if w.shape != direction.shape:
+            raise ValueError(
+                f"size mismatch for {prefix}{name}: the state dict has shape {tuple(w.shape)}, "
+                f"the module {tuple(direction.shape)}"
+            )
+        return polar_parts(w, dim, kind, direction)
     return None
 
 
@@ -193,7 +198,8 @@ def _edit(func, edited: list[EffectiveWeight], args: tuple, kwargs: dict):
             f"{func.__name__} on the effective weight of a {type(edited[0]._layer).__name__} would be lost, for it is "
             "computed from the layer's radius and weight_v: act on those, or on layer.weight.detach().clone()"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in edited):
+    recorded = torch.is_grad_enabled() and getattr(func, "__module__", "") != "torch.nn.init"  # which turns recording off itself
+    if recorded and any(x.requires_grad for x in edited):
         raise RuntimeError(
             f"{func.__name__}: the effective weight of a {type(edited[0]._layer).__name__} that requires grad is edited "
             "in place: do so under torch.no_grad(), as with any parameter"
@@ -297,7 +303,11 @@ class WeightNormed(nn.Module):
         return f"{super().extra_repr()}, kind={self.kind!r}, dim={self.dim}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        parts = take_from_state_dict(state_dict, prefix, "weight", self.kind, self.dim, self.weight_v)
+        try:
+            parts = take_from_state_dict(state_dict, prefix, "weight", self.kind, self.dim, self.weight_v)
+        except ValueError as error:
+            args[-1].append(str(error))  # error_msgs: load_state_dict raises them together
+            return
         if parts is not None:
             names = "weight" + RADIUS_SUFFIX[self.kind], "weight_v"
             state_dict.update(zip((prefix + name for name in names), parts))

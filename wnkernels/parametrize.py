@@ -143,7 +143,11 @@ def _load_from_state_dict(self: nn.Module, state_dict: dict, prefix: str, *args)
         norm, originals = _weight_norm_of(self, name), self.parametrizations[name]
         if norm is None:
             continue
-        parts = layers.take_from_state_dict(state_dict, prefix, name, norm.kind, norm.dim, originals.original1)
+        try:
+            parts = layers.take_from_state_dict(state_dict, prefix, name, norm.kind, norm.dim, originals.original1)
+        except ValueError as error:
+            args[-1].append(str(error))  # error_msgs: load_state_dict raises them together
+            return
         if parts is not None:
             parametrized = f"{prefix}parametrizations.{name}."
             state_dict[parametrized + "original0"], state_dict[parametrized + "original1"] = parts
