@@ -14,29 +14,38 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-bool needs_formula(std::initializer_list<Tensor> tensors) {
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
-  for (const Tensor& t : tensors)
-    if (t.defined() && t._fw_grad(/*level=*/0).defined()) return true;
-  return false;
+bool transforming() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
+bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
 
 namespace {
 
-bool differentiable(std::initializer_list<Tensor> tensors) {
-  if (!c10::GradMode::is_enabled()) return false;
-  for (const Tensor& t : tensors)
-    if (t.defined() && t.requires_grad()) return true;
-  return false;
+template <class... Tensors> bool differentiable(const Tensors&... tensors) {
+  return c10::GradMode::is_enabled() && ((tensors.defined() && tensors.requires_grad()) || ...);
 }
+
+// What a node keeps besides tensors, as one entry: each entry of saved_data costs two allocations.
+struct RowSettings {
+  Dim dim;
+  Kind kind;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["rows"] = 2 * dim.value_or(-1) + (kind == Kind::ewn);
+  }
+  static RowSettings load(AutogradContext* ctx) {
+    const int64_t code = ctx->saved_data["rows"].toInt(), dim = code >> 1;
+    return {dim < 0 ? Dim() : Dim(dim), code & 1 ? Kind::ewn : Kind::swn};
+  }
+  string_view kind_name() const { return kind == Kind::ewn ? "ewn" : "swn"; }
+};
 
 struct WeightNorm : Function<WeightNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& v, const Tensor& g, Dim dim, string_view kind,
                         std::optional<ScalarType> out_dtype) {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({v, g});
-    ctx->saved_data["dim"] = dim;
-    ctx->saved_data["kind"] = std::string(kind);
+    RowSettings{wrap_dim(v, dim), parse_kind(kind)}.save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return op::weight_norm(v, g, dim, kind, out_dtype);
   }
@@ -45,20 +54,19 @@ struct WeightNorm : Function<WeightNorm> {
     Tensor dv, dg;
     if (grads[0].defined()) {
       const auto saved = ctx->get_saved_variables();
-      const Dim dim = ctx->saved_data["dim"].toOptional<int64_t>();
-      const std::string& kind = ctx->saved_data["kind"].toStringRef();
+      const RowSettings rows = RowSettings::load(ctx);
       if (ctx->needs_input_grad(0))
-        std::tie(dv, dg) = op::weight_norm_backward(grads[0], saved[0], saved[1], dim, kind);
+        std::tie(dv, dg) = op::weight_norm_backward(grads[0], saved[0], saved[1], rows.dim, rows.kind_name());
       else
-        dg = op::radius_backward(grads[0], saved[0], saved[1], dim, kind);
+        dg = op::radius_backward(grads[0], saved[0], saved[1], rows.dim, rows.kind_name());
     }
     return {dv, dg, Tensor(), Tensor(), Tensor()};
   }
 };
 
 Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, std::optional<ScalarType> out_dtype) {
-  if (needs_formula({v, g})) return formula::weight_norm(v, g, dim, kind, out_dtype);
-  if (!differentiable({v, g})) {
+  if (needs_formula(v, g)) return formula::weight_norm(v, g, dim, kind, out_dtype);
+  if (!differentiable(v, g)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op::weight_norm(v, g, dim, kind, out_dtype);
   }
@@ -68,14 +76,14 @@ Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, 
 // Inside a backward pass grad mode is off, and the kernel runs; with create_graph=True the formula takes over.
 std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim,
                                                 string_view kind) {
-  if (differentiable({grad, v, g}) || needs_formula({grad, v, g}))
+  if (differentiable(grad, v, g) || needs_formula(grad, v, g))
     return formula::weight_norm_backward(grad, v, g, dim, kind);
   const at::AutoDispatchBelowADInplaceOrView below;
   return op::weight_norm_backward(grad, v, g, dim, kind);
 }
 
 Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
-  if (differentiable({grad, v, g}) || needs_formula({grad, v, g}))
+  if (differentiable(grad, v, g) || needs_formula(grad, v, g))
     return formula::radius_backward(grad, v, g, dim, kind);
   const at::AutoDispatchBelowADInplaceOrView below;
   return op::radius_backward(grad, v, g, dim, kind);
@@ -84,7 +92,7 @@ Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim
 struct RowNormFunction : Function<RowNormFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& v, Dim dim) {
     ctx->save_for_backward({v});
-    ctx->saved_data["dim"] = dim;
+    RowSettings{wrap_dim(v, dim), Kind::swn}.save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return op::row_norm(v, dim);
   }
@@ -92,12 +100,12 @@ struct RowNormFunction : Function<RowNormFunction> {
   // d|v| = <v/|v|, dv>, so the gradient is the weight of direction v and radius `grad`.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor v = ctx->get_saved_variables()[0];
-    return {op::weight_norm(v, grads[0], ctx->saved_data["dim"].toOptional<int64_t>(), "swn", std::nullopt), Tensor()};
+    return {op::weight_norm(v, grads[0], RowSettings::load(ctx).dim, "swn", std::nullopt), Tensor()};
   }
 };
 
 Tensor row_norm(const Tensor& v, Dim dim) {
-  if (needs_formula({v})) return formula::row_norm(v, dim);
+  if (needs_formula(v)) return formula::row_norm(v, dim);
   return RowNormFunction::apply(v, dim);
 }
 
@@ -105,7 +113,7 @@ struct Linear : Function<Linear> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
                                const std::optional<Tensor>& bias, string_view kind) {
     ctx->set_materialize_grads(false);
-    ctx->saved_data["kind"] = std::string(kind);
+    RowSettings{0, parse_kind(kind)}.save(ctx);
     ctx->saved_data["bias"] = bias.has_value();
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [y, scale] = op::linear_forward(x, v, g, bias, kind);
@@ -122,7 +130,7 @@ struct Linear : Function<Linear> {
                  need_g = ctx->needs_input_grad(2);
       if (need_x || need_v || need_g) {
         std::tie(dx, dv, dg) = op::linear_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
-                                                   ctx->saved_data["kind"].toStringRef(), need_x, need_v || need_g);
+                                                   RowSettings::load(ctx).kind_name(), need_x, need_v || need_g);
         if (!need_x) dx = Tensor();
         if (!need_v) dv = Tensor();
         if (!need_g) dg = Tensor();
@@ -143,7 +151,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& v, cons
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& v,
                                                    const Tensor& g, const Tensor& scale, string_view kind, bool need_x,
                                                    bool need_weight) {
-  if (!differentiable({grad, x, v, g}) && !needs_formula({grad, x, v, g})) {
+  if (!differentiable(grad, x, v, g) && !needs_formula(grad, x, v, g)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op::linear_backward(grad, x, v, g, scale, kind, need_x, need_weight);
   }
@@ -157,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
 }
 
 Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
-  TORCH_CHECK(!differentiable({grad}),
+  TORCH_CHECK(!differentiable(grad),
               "project_ overwrites grad and is not differentiable: call it under torch.no_grad() or on a grad that does "
               "not require gradients");
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -165,7 +173,7 @@ Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_v
 }
 
 void normalize_(Tensor w, Dim dim, const std::optional<Tensor>& norm, double value) {
-  TORCH_CHECK(!differentiable({w}),
+  TORCH_CHECK(!differentiable(w),
               "normalize_ overwrites w and is not differentiable: call it under torch.no_grad(), or use weight_norm");
   const at::AutoDispatchBelowADInplaceOrView below;
   op::normalize_(std::move(w), dim, norm, value);

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
 Tensor weight_norm_linear(const Tensor& x, const Tensor& v, const Tensor& g, const std::optional<Tensor>& bias,
                           string_view kind, std::optional<bool> materialize) {
   check(x, v, bias);
-  const bool transformed = needs_formula({x, v, g, bias.value_or(Tensor())});
+  const bool transformed = needs_formula(x, v, g, bias.value_or(Tensor()));
   if (transformed || materialize.value_or(materialize_is_faster(x, v)))
     return at::linear(x, op::weight_norm(v, g, 0, kind, std::nullopt), bias);
   return std::get<0>(op::linear_forward(x, v, g, bias, kind));

@@ -22,8 +22,13 @@ Dim wrap_dim(const at::Tensor& v, Dim dim);
 // The dtype of norms, sums and per-row state beside a weight: float32, or float64 for float64.
 at::ScalarType accumulate_type(at::ScalarType weight);
 
-// True where no kernel can go: under a forward-mode tangent or a functorch transform. Undefined tensors are allowed.
-bool needs_formula(std::initializer_list<at::Tensor> tensors);
+// True where no kernel can go: under a functorch transform, or where a tensor (undefined ones are allowed) carries a
+// forward-mode tangent.
+bool transforming();
+bool has_tangent(const at::Tensor& t);
+template <class... Tensors> bool needs_formula(const Tensors&... tensors) {
+  return transforming() || (has_tangent(tensors) || ...);
+}
 
 // Operators, dispatched. Shapes: v, w and their gradients alike; g and its gradient (R,) or v's shape with 1 in every
 // dim but `dim`; for dim = nullopt 0-d or all ones.

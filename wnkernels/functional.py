@@ -16,23 +16,10 @@ from . import _C
 
 __all__ = ["weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_"]
 
+# The operators serve where a graph is recorded or an argument overrides torch functions; elsewhere the pybind11
+# functions, which dispatch to the same operators, save more than a microsecond a call.
 _ops = torch.ops.wnkernels
 _compiling = torch.compiler.is_compiling
-
-
-def _choose(name):
-    """The pybind11 function, or the operator where a graph is recorded or an argument overrides torch functions."""
-    quick, operator = getattr(_C, name), getattr(_ops, name)
-
-    def call(*arguments):
-        try:
-            if _compiling() or has_torch_function(arguments):
-                return operator(*arguments)
-            return quick(*arguments)
-        except TypeError as error:
-            _explain(name, arguments, error)
-
-    return call
 
 
 def _explain(name, arguments, error):
@@ -53,13 +40,6 @@ def _explain(name, arguments, error):
             allowed = "torch.dtype or None" if argument.name == "out_dtype" else expected
             raise TypeError(f"{name}: {argument.name} must be {allowed}, got {type(value).__name__}") from None
     raise error
-
-
-_weight_norm = _choose("weight_norm")
-_weight_norm_linear = _choose("weight_norm_linear")
-_row_norm = _choose("row_norm")
-_project_ = _choose("project_")
-_normalize_ = _choose("normalize_")
 
 
 def weight_norm(v, g, dim=0, kind="swn", out_dtype=None):
@@ -84,7 +64,12 @@ def weight_norm(v, g, dim=0, kind="swn", out_dtype=None):
         TypeError: a dtype or an argument's type is not as above.
         RuntimeError: v and g are on different devices.
     """
-    return _weight_norm(v, g, dim, kind, out_dtype)
+    if _compiling() or has_torch_function((v, g)):
+        return _ops.weight_norm(v, g, dim, kind, out_dtype)
+    try:
+        return _C.weight_norm(v, g, dim, kind, out_dtype)
+    except TypeError as error:
+        _explain("weight_norm", (v, g, dim, kind, out_dtype), error)
 
 
 def weight_norm_linear(x, v, g, bias=None, kind="swn", materialize=None):
@@ -109,7 +94,12 @@ def weight_norm_linear(x, v, g, bias=None, kind="swn", materialize=None):
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`weight_norm`, and for x or bias of another shape or dtype.
     """
-    return _weight_norm_linear(x, v, g, bias, kind, materialize)
+    if _compiling() or has_torch_function((x, v, g, bias)):
+        return _ops.weight_norm_linear(x, v, g, bias, kind, materialize)
+    try:
+        return _C.weight_norm_linear(x, v, g, bias, kind, materialize)
+    except TypeError as error:
+        _explain("weight_norm_linear", (x, v, g, bias, kind, materialize), error)
 
 
 def row_norm(v, dim=0):
@@ -118,7 +108,12 @@ def row_norm(v, dim=0):
     Free of overflow and underflow: any finite row has the norm that its numbers have. Differentiable to any order; the
     gradient of a zero row is 0. Raises as :func:`weight_norm`.
     """
-    return _row_norm(v, dim)
+    if _compiling() or has_torch_function((v,)):
+        return _ops.row_norm(v, dim)
+    try:
+        return _C.row_norm(v, dim)
+    except TypeError as error:
+        _explain("row_norm", (v, dim), error)
 
 
 def project_(grad, v, g, dim=0, kind="swn"):
@@ -137,7 +132,12 @@ def project_(grad, v, g, dim=0, kind="swn"):
         ValueError: shapes, dim or kind do not fit, or grad is not dense.
         RuntimeError: grad shares memory with v, or requires gradients itself while they are recorded.
     """
-    return _project_(grad, v, g, dim, kind)
+    if _compiling() or has_torch_function((grad, v, g)):
+        return _ops.project_(grad, v, g, dim, kind)
+    try:
+        return _C.project_(grad, v, g, dim, kind)
+    except TypeError as error:
+        _explain("project_", (grad, v, g, dim, kind), error)
 
 
 def normalize_(w, dim=0, norm=1.0):
@@ -152,8 +152,12 @@ def normalize_(w, dim=0, norm=1.0):
         ValueError: w is not dense, norm's shape or dim does not fit.
         RuntimeError: w requires gradients while they are recorded.
     """
-    if isinstance(norm, torch.Tensor):
-        _normalize_(w, dim, norm, 1.0)
-    else:
-        _normalize_(w, dim, None, norm)
+    length, value = (norm, 1.0) if isinstance(norm, torch.Tensor) else (None, norm)
+    if _compiling() or has_torch_function((w, norm)):
+        _ops.normalize_(w, dim, length, value)
+        return w
+    try:
+        _C.normalize_(w, dim, length, value)
+    except TypeError as error:
+        _explain("normalize_", (w, dim, length, value), error)
     return w
