@@ -332,7 +332,7 @@ def test_an_edit_is_made_on_the_current_weight():
 
 def test_edits_that_would_be_lost_raise():
     m = wn.Linear(3, 2)
-    with pytest.raises(RuntimeError, match="requires grad is edited in place: do so under torch.no_grad"):
+    with pytest.raises(RuntimeError, match="requires grad, and is edited in place: do so under torch.no_grad"):
         m.weight.mul_(2)
     with pytest.raises(RuntimeError, match="requires_grad_ on the effective weight of a Linear would be lost"):
         m.weight.requires_grad_(False)
@@ -559,10 +559,12 @@ def test_compile_without_graph_breaks(layer, kind):
     torch.testing.assert_close(tied(torch.ones_like(m.weight_v)), m.weight.sum())
 
 
-def test_export(kind):
-    m = perturb(wn.Linear(5, 4, kind=kind))
-    x = torch.randn(3, 5)
-    torch.testing.assert_close(torch.export.export(m, (x,)).module()(x), m(x))
+def test_export_and_symbolic_tracing(layer, kind):
+    ours, _, args, shape = layer
+    m = perturb(ours(*args, kind=kind)).requires_grad_(False)
+    x = torch.randn(shape)
+    for traced in (torch.export.export(m, (x,)).module(), torch.fx.symbolic_trace(m)):
+        torch.testing.assert_close(traced(x), m(x))
 
 
 def test_in_torchs_transformer_and_data_parallel_replicas(kind):

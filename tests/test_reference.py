@@ -1,5 +1,6 @@
 """The specification against the textbook formula, against finite differences, and against torch.optim."""
 
+import copy
 import math
 
 import pytest
@@ -142,7 +143,9 @@ def test_a_nan_stays_in_its_row():
     assert reference.weight_norm(v, g)[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("shape, dim", [((3, 0), 0), ((0, 3), 0), ((0, 3), 1), ((3, 0), None), ((0,), 0), ((2, 0, 3), 2)])
+@pytest.mark.parametrize(
+    "shape, dim", [((3, 0), 0), ((0, 3), 0), ((0, 3), 1), ((3, 0), None), ((0,), 0), ((2, 0, 3), 2)]
+)
 def test_empty_tensors(shape, dim):
     v, g = make(shape, dim, "swn")
     w = reference.weight_norm(v, g, dim)
@@ -186,7 +189,7 @@ def test_linear():
         (lambda v, g: reference.weight_norm(v, g, 2), ValueError, r"dim must be None or in \[-2, 1\].*got 2"),
         (lambda v, g: reference.weight_norm(v, g, -3), ValueError, "dim must be"),
         (lambda v, g: reference.weight_norm(v, g, 0.0), TypeError, "dim must be an int or None"),
-        (lambda v, g: reference.weight_norm(v, g, 1), ValueError, r"g must have shape \(1, 4\) or \(4,\).*got \(3, 1\)"),
+        (lambda v, g: reference.weight_norm(v, g, 1), ValueError, r"g must have shape \(1, 4\) or \(4,\).*\(3, 1\)"),
         (lambda v, g: reference.weight_norm(v, g.T), ValueError, "g must have shape"),
         (lambda v, g: reference.weight_norm(v.int(), g), TypeError, "v must be a floating point tensor"),
         (lambda v, g: reference.weight_norm(v, 1.0), TypeError, "g must be a tensor, got float"),
@@ -305,11 +308,10 @@ def test_polar_steps_leave_their_arguments_alone():
     for step in (reference.polar_sgd_step, reference.polar_adam_step):
         options = {"momentum": 0.9} if step is reference.polar_sgd_step else {}
         state = step(W, G, radius, norm, lr=0.1, **options).state
-        kept = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in state.items()}
-        copies = [x.clone() for x in (W, G, radius, norm)]
-        step(W, G, radius, norm, state, lr=0.1, **options)
-        assert all(torch.equal(a, b) for a, b in zip(copies, (W, G, radius, norm)))
-        assert all((kept[k] == state[k]).all() if isinstance(state[k], torch.Tensor) else kept[k] == state[k] for k in kept)
+        arguments = (W, G, radius, norm, state)
+        before = copy.deepcopy(arguments)
+        step(*arguments, lr=0.1, **options)
+        torch.testing.assert_close(arguments, before, rtol=0, atol=0)
 
 
 def test_a_zero_row_stays_zero_under_polar_steps():

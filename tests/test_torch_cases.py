@@ -16,7 +16,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from wnkernels.parametrize import weight_norm
 
-OURS_AND_TORCHS = pytest.mark.parametrize("normalize", [weight_norm, parametrizations.weight_norm], ids=["ours", "torch"])
+OURS_AND_TORCHS = pytest.mark.parametrize(
+    "normalize", [weight_norm, parametrizations.weight_norm], ids=["ours", "torch"]
+)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -3,7 +3,7 @@
     layer = wnkernels.nn.Linear(512, 256, kind="ewn")
 
 Their parameters are ``weight_v`` (the direction) and ``weight_g`` (SWN, w = g v/|v|) or ``weight_alpha`` (EWN,
-w = e^alpha v/|v|), the latter of v's shape with 1 in the reduced dims, as torch's weight_norm has it. A fresh layer has
+w = e^alpha v/|v|); g and alpha have v's shape with 1 in the reduced dims, as in torch's weight_norm. A fresh layer has
 v = w and g = |w| for the w that torch's layer draws, so that the same seed gives the same function.
 
 ``layer.weight`` is the effective weight w. Reading it computes it; assigning to it, or editing it in place as
@@ -48,7 +48,9 @@ def check_dim(dim: int | None, w: Tensor) -> int | None:
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an int or None, got {dim!r}")
     if not -w.ndim <= dim < w.ndim:
-        raise ValueError(f"dim must be None or in [{-w.ndim}, {w.ndim - 1}] for a weight of shape {tuple(w.shape)}, got {dim}")
+        raise ValueError(
+            f"dim must be None or in [{-w.ndim}, {w.ndim - 1}] for a weight of shape {tuple(w.shape)}, got {dim}"
+        )
     return dim % w.ndim
 
 
@@ -106,10 +108,10 @@ def take_from_state_dict(
 ) -> tuple[Tensor, Tensor] | None:
     """Removes the weight `name`, in whichever form it is there, and returns its (radius, v) of `kind`, or None.
 
-    Raises: ValueError for a plain weight of another shape than `direction`, and for a zero row and EWN.
+    ``original0`` is alpha if the marker ``parametrizations.<name>.0._extra_state``, which `wnkernels.weight_norm`
+    writes for EWN, stands beside it; else it is g.
 
-    ``original0`` is alpha if the marker ``parametrizations.{name}.0._extra_state``, which `wnkernels.weight_norm` writes
-    for EWN, stands beside it; else it is g.
+    Raises: ValueError for a plain weight of another shape than `direction`, and for a zero row and EWN.
     """
     parametrized = f"{prefix}parametrizations.{name}."
     marker = parametrized + "0._extra_state"
@@ -146,8 +148,8 @@ class EffectiveWeight(Tensor):
     """What ``layer.weight`` returns: the computed w, whose in-place edits reach the layer's parameters.
 
     w is not stored, so that an edit of it would be lost in silence. Instead it is made on the current w, and the result
-    is assigned to the layer; this holds for views, ``.data`` and ``.detach()`` too (not for arrays made by ``.numpy()``).
-    Every other operation is that of a plain tensor, graph included, and gives plain tensors.
+    is assigned to the layer; this holds for views, ``.data`` and ``.detach()`` too, but not for what ``.numpy()``
+    gives. Every other operation is that of a plain tensor, graph included, and gives plain tensors.
     """
 
     @staticmethod
@@ -181,7 +183,8 @@ def _written_by(func, args: tuple, kwargs: dict) -> list:
     """The arguments that torch's naming says `func` writes to."""
     name = func.__name__
     written = [kwargs["out"]] if kwargs.get("out") is not None else []
-    if name in ("__set__", "__setitem__") or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")):
+    in_place_operator = name.startswith("__i") and hasattr(Tensor, "__" + name[3:])  # __iadd__, and not __index__
+    if in_place_operator or name in ("__set__", "__setitem__"):
         written.append(args[0])
     elif name.endswith("_") and not name.endswith("__"):
         written.append(args[0] if args else next(iter(kwargs.values())))
@@ -198,11 +201,12 @@ def _edit(func, edited: list[EffectiveWeight], args: tuple, kwargs: dict):
             f"{func.__name__} on the effective weight of a {type(edited[0]._layer).__name__} would be lost, for it is "
             "computed from the layer's radius and weight_v: act on those, or on layer.weight.detach().clone()"
         )
-    recorded = torch.is_grad_enabled() and getattr(func, "__module__", "") != "torch.nn.init"  # which turns recording off itself
+    # The functions of nn.init turn recording off themselves.
+    recorded = torch.is_grad_enabled() and getattr(func, "__module__", "") != "torch.nn.init"
     if recorded and any(x.requires_grad for x in edited):
         raise RuntimeError(
-            f"{func.__name__}: the effective weight of a {type(edited[0]._layer).__name__} that requires grad is edited "
-            "in place: do so under torch.no_grad(), as with any parameter"
+            f"{func.__name__}: the effective weight of a {type(edited[0]._layer).__name__} requires grad, and is "
+            "edited in place: do so under torch.no_grad(), as with any parameter"
         )
     with torch.no_grad():
         for x in edited:
@@ -226,7 +230,7 @@ def _follow(result, source: EffectiveWeight):
 
 
 class WeightNormed(nn.Module):
-    """What the layers share. Comes before torch's layer in the bases; `kind` and `dim` are set before its constructor."""
+    """What the layers share. It stands before torch's layer in the bases, whose constructor finds kind and dim set."""
 
     kind: str
     dim: int | None
@@ -267,13 +271,13 @@ class WeightNormed(nn.Module):
         if not isinstance(value, Tensor):
             raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
         if "weight_v" not in self._parameters:  # torch's constructor makes its weight
-            self._register(torch.empty(radius_shape(value, check_dim(self.dim, value))).to(value), value)
+            self._register(value.new_empty(radius_shape(value, check_dim(self.dim, value))), value)
             return
         v = self.weight_v
         if value.shape != v.shape:
             raise ValueError(f"weight must have shape {tuple(v.shape)}, got {tuple(value.shape)}")
         if value.grad_fn is not None:
-            raise TypeError("weight must be a tensor without a graph, which the assignment would cut: detach() it first")
+            raise TypeError("weight must be a tensor without a graph, which assigning would cut: detach() it first")
         radius, direction = polar_parts(value.detach(), self.dim, self.kind, v)
         if (value.dtype, value.device) == (v.dtype, v.device):
             with torch.no_grad():
@@ -315,10 +319,12 @@ class WeightNormed(nn.Module):
 
     def _materialize(self) -> Tensor:
         """w in the dtype in which the forward uses it: under autocast one pass, without a cast."""
-        v = self.weight_v
-        device = v.device.type
-        if v.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return self.effective_weight(torch.get_autocast_dtype(device))
+        if torch._C._is_any_autocast_enabled():  # asked first, so that torch.fx can trace the usual path
+            v = self.weight_v
+            device = v.device.type
+            lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            if lowered and v.dtype == torch.float32:
+                return self.effective_weight(torch.get_autocast_dtype(device))
         return self.effective_weight()
 
     @classmethod
@@ -388,7 +394,7 @@ class Linear(WeightNormed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.dim == 0:
-            radius = self.weight_g if self.kind == "swn" else self.weight_alpha  # `self.radius` takes half a microsecond more
+            radius = self.weight_g if self.kind == "swn" else self.weight_alpha  # quicker than the property
             return functional.weight_norm_linear(input, self.weight_v, radius, self.bias, self.kind)
         return F.linear(input, self._materialize(), self.bias)
 
@@ -402,8 +408,8 @@ class _Conv(WeightNormed):
         dim: the dimension of the weight (out_channels, in_channels/groups, *kernel_size) that counts the rows; None for
             one norm of all.
 
-    Parameters: weight_v, of the weight's shape; weight_g or weight_alpha, of v's shape with 1 in the reduced dims, () for
-    ``dim=None``; bias (out_channels,).
+    Parameters: weight_v, of the weight's shape; weight_g or weight_alpha, of v's shape with 1 in the reduced dims, ()
+    for ``dim=None``; bias (out_channels,).
 
     Raises: ValueError for a wrong kind or dim.
     """

@@ -66,17 +66,18 @@ class ExponentialWeightNorm(WeightNorm):
 def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0, kind: str = "swn") -> nn.Module:
     """Normalizes the parameter `name` of `module`: w = g v/|v| (Salimans and Kingma 2016) or w = e^alpha v/|v|.
 
-    As torch.nn.utils.parametrizations.weight_norm: the parameters are ``parametrizations.<name>.original0`` (g or alpha)
-    and ``original1`` (v), ``torch.nn.utils.parametrize.remove_parametrizations`` takes it off, and state dicts are
-    exchangeable with torch's for SWN. Beyond that the module pickles; a state dict with ``<name>_g`` or ``<name>_alpha``
-    and ``<name>_v``, or with a plain ``<name>``, loads; and SWN and EWN load each other's (EWN marks its own by
-    ``parametrizations.<name>.0._extra_state``; without it original0 is a g).
+    As torch.nn.utils.parametrizations.weight_norm: the parameters are ``parametrizations.<name>.original0`` (g or
+    alpha) and ``original1`` (v), ``torch.nn.utils.parametrize.remove_parametrizations`` takes it off, and state dicts
+    are exchangeable with torch's for SWN. Beyond that the module pickles; a state dict with ``<name>_g`` or
+    ``<name>_alpha`` and ``<name>_v``, or with a plain ``<name>``, loads; and SWN and EWN load each other's (EWN marks
+    its own by ``parametrizations.<name>.0._extra_state``; without it original0 is a g). As with torch's, an edit of
+    ``module.<name>`` in place is lost: assign to it.
 
     Args:
         module: any module.
         name: its parameter or buffer, of any shape.
-        dim: the dimension that counts the rows; None for one norm of the whole tensor. Negative dims count from the end,
-            but -1 is refused, because torch takes it for None.
+        dim: the dimension that counts the rows; None for one norm of the whole tensor. Negative dims count from the
+            end, but -1 is refused, because torch takes it for None.
         kind: "swn" or "ewn".
 
     Returns: module.
@@ -93,7 +94,7 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0, ki
             "Say None, or the last dimension by its number"
         )
     if torch_parametrize.is_parametrized(module, name):
-        raise ValueError(f"{name!r} of {type(module).__name__} is parametrized already: remove that parametrization first")
+        raise ValueError(f"{name!r} of {type(module).__name__} is parametrized already: remove that one first")
     w = module._parameters.get(name, module._buffers.get(name))
     if w is None:
         raise ValueError(f"{type(module).__name__} has no parameter or buffer {name!r}")
@@ -200,7 +201,8 @@ def convert(
                 uses.setdefault(parameter, []).append(f"{name}.{key}".lstrip("."))
     for name, module in chosen.items():
         if len(uses[module.weight]) > 1:
-            raise ValueError(f"{' and '.join(uses[module.weight])} are one parameter: exclude layer {name!r}, or untie them")
+            tied = " and ".join(uses[module.weight])
+            raise ValueError(f"{tied} are one parameter: exclude layer {name!r}, or untie them")
         try:
             layers.radius_of(module.weight, layers.check_dim(dim, module.weight), kind)
         except ValueError as error:

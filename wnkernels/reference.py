@@ -1,11 +1,10 @@
 """The specification: every operation of this package in plain torch, written to be read.
 
 A weight is split into rows: the slices along ``dim``, each flattened, or the whole tensor for ``dim=None``. For one row
-with direction parameter v, norm n = |v| and direction theta = v/n, weight normalization (Salimans and Kingma 2016,
-arXiv:1602.07868) is
+with direction parameter v, norm n = |v| and direction theta = v/n, weight normalization is
 
-    SWN  w = g theta            parameters g (signed radius s = g) and v
-    EWN  w = e^alpha theta      parameters alpha (s = e^alpha) and v
+    SWN  w = g theta          parameters g (signed radius s = g) and v    Salimans and Kingma, arXiv:1602.07868, eq. 2
+    EWN  w = e^alpha theta    parameters alpha (s = e^alpha) and v        Morwani and Ramaswamy, arXiv:2010.12909
 
 With G = dL/dw and p = <G, theta>:  dL/dg = p,  dL/dalpha = s p,  dL/dv = (s/n)(G - p theta).
 
@@ -16,8 +15,7 @@ What holds for all functions here:
 - 16-bit tensors are computed in float32, everything else in its own dtype.
 - The functions that return new tensors are differentiable to any order, in reverse and in forward mode.
 
-It is the oracle of the tests (in float64) and the path of devices that have no kernel; names, arguments and results are
-those of `wnkernels.functional`.
+Names, arguments and results are those of `wnkernels.functional`, whose tests take this module in float64 as the oracle.
 """
 
 from typing import NamedTuple
@@ -85,7 +83,7 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _exponent(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Per row, the integer e (as a float) for which the largest magnitude of 2^-e x is in [1/2, 1). Constant for autograd."""
+    """Per row, the integer e (as a float) that brings the largest magnitude of 2^-e x into [1/2, 1). No gradient."""
     largest = x.detach().abs()
     if dims:
         largest = largest.sum(dims, keepdim=True) if x.numel() == 0 else largest.amax(dims, keepdim=True)
@@ -160,7 +158,7 @@ def weight_norm(
 def weight_norm_backward(
     grad: Tensor, v: Tensor, g: Tensor, dim: int | None = 0, kind: str = "swn"
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `weight_norm`: (dL/dv, dL/dg or dL/dalpha) from grad = dL/dw, of the shapes and dtypes of v and g.
+    """The gradients of `weight_norm`: (dL/dv, dL/dg or dL/dalpha) from grad = dL/dw, shaped and typed as v and g.
 
     Itself differentiable, with n a function of v as it must be for second derivatives.
 
@@ -227,7 +225,8 @@ def normalize_(w: Tensor, dim: int | None = 0, norm: float | Tensor = 1.0) -> Te
     """
     _check_floating(w=w)
     if not isinstance(norm, Tensor):
-        norm = torch.full(_keepdim_shape(w, _reduced_dims(w, dim)), norm, dtype=_compute_dtype(w.dtype), device=w.device)
+        shape = _keepdim_shape(w, _reduced_dims(w, dim))
+        norm = torch.full(shape, norm, dtype=_compute_dtype(w.dtype), device=w.device)
     return w.copy_(weight_norm(w, norm, dim))
 
 
