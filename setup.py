@@ -130,8 +130,8 @@ def compile_cuda(cuda, folder):
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     # nvcc reads the variable anyway; here it makes a change of it a changed command.
-    environment = f"NVCC_APPEND_FLAGS={shlex.quote(os.environ.get('NVCC_APPEND_FLAGS', ''))}"
-    command = f"{environment} {shlex.join([cuda.nvcc, *flags])}".replace("$", "$$")
+    appended = f"NVCC_APPEND_FLAGS={shlex.quote(os.environ.get('NVCC_APPEND_FLAGS', ''))}"
+    command = f"{appended} {shlex.join([cuda.nvcc, *flags])}".replace("$", "$$")
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     objects = [folder / f"{source.stem}.o" for source in sources]
 
@@ -148,7 +148,12 @@ def compile_cuda(cuda, folder):
         *(f"build {path(o)}: nvcc {path(s)}" for s, o in zip(sources, objects)),
         "",
     ]))
-    if subprocess.run(["ninja", "-C", folder, "-j", os.environ["MAX_JOBS"]]).returncode:
+    # The files are few and unequal, so the architectures of a file share the jobs first. By the environment, because
+    # another number of jobs is no reason to compile again.
+    jobs = max(1, int(os.environ["MAX_JOBS"]))
+    threads = min(jobs, len(cuda.archs))
+    environment = os.environ | {"NVCC_PREPEND_FLAGS": f"--threads={threads} {os.environ.get('NVCC_PREPEND_FLAGS', '')}"}
+    if subprocess.run(["ninja", "-C", folder, "-j", str(jobs // threads)], env=environment).returncode:
         stop("nvcc failed, its messages are above; WNKERNELS_CUDA=0 builds without CUDA.")
     return [str(o) for o in objects]
 
