@@ -39,7 +39,7 @@ struct Shape {
 #include <string>
 #include <vector>
 
-#define WN_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define WN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // per multiprocessor
 #define WN_PARAMETER const __grid_constant__
 #define WN_DEVICE __device__ __forceinline__
 #define WN_OUTLINE __device__ __noinline__

@@ -8,7 +8,8 @@
 // Reductions are fixed trees without atomics, so results do not depend on timing.
 //
 // A row that left the range of its accumulator is solved again in double, from memory and before anything of it is
-// overwritten, by functions that are not inlined: they are rare, and must not cost the main path registers.
+// overwritten. That is rare: its functions are not inlined, take no registers from the main path, and look up the types
+// of the elements at run time, so that there is one of them per formula.
 #pragma once
 
 #include <tuple>
@@ -28,6 +29,9 @@ template <class... T> struct Types {
   static constexpr int64_t sum = (int64_t(0) + ... + int64_t(sizeof(T)));
 };
 
+template <int n> constexpr int at_least_one = n > 0 ? n : 1;  // the length of an array
+template <class F> constexpr int gram_size = F::gram_inputs * (F::gram_inputs + 1) / 2;
+
 // One instantiation: a formula with the types of its inputs and outputs.
 template <class F, class I, class O> struct Signature {
   using Formula = F;
@@ -35,9 +39,8 @@ template <class F, class I, class O> struct Signature {
   using Out = O;
   using Sum = accumulator_t<typename In::template at<0>>;
   static constexpr int inputs = F::inputs, outputs = F::outputs, gram_inputs = F::gram_inputs;
-  static constexpr int gram = gram_inputs * (gram_inputs + 1) / 2;
-  static constexpr int coefficients = F::coefficients > 0 ? F::coefficients : 1;
-  static constexpr int results = F::results > 0 ? F::results : 1;
+  static constexpr int gram = gram_size<F>;
+  static constexpr int coefficients = at_least_one<F::coefficients>, results = at_least_one<F::results>;
   static constexpr int pack = 16 / std::max(In::largest, Out::largest);
 };
 
@@ -55,8 +58,11 @@ template <int n, class Body> WN_DEVICE void unrolled(Body&& body) {
 struct Plus {
   template <class A> WN_DEVICE A operator()(A a, A b) const { return a + b; }
 };
-struct Larger {  // a NaN is no candidate
+struct Larger {
   template <class A> WN_DEVICE A operator()(A a, A b) const { return b > a ? b : a; }
+};
+struct Or {
+  WN_DEVICE uint32_t operator()(uint32_t a, uint32_t b) const { return a | b; }
 };
 
 // ---- packs ---------------------------------------------------------------------------------------------------------
@@ -102,6 +108,13 @@ WN_DEVICE void store_pack(void* tensor, const Place& place, bool vectors, const 
     if (place.lanes >> e & 1) to[e * place.stride] = element<T>(words, e);
 }
 
+// The bits of an element without its sign: zero where the element is.
+template <class T> WN_DEVICE uint32_t nonzero_bits(const Words& words, int e) {
+  if constexpr (sizeof(T) == 2) return bit_cast<uint16_t>(element<T>(words, e)) & 0x7fffu;
+  else if constexpr (sizeof(T) == 4) return words.word[e] & 0x7fffffffu;
+  else return words.word[2 * e] | (words.word[2 * e + 1] & 0x7fffffffu);
+}
+
 // The packs of all inputs at one place.
 template <class S> struct Packs {
   static constexpr int pack = S::pack;
@@ -115,11 +128,16 @@ template <class S> struct Packs {
   template <class A> WN_DEVICE void elements(int e, A* x) const {
     unrolled<S::inputs>([&](auto k) { x[k] = widen(element<typename S::In::template at<k>>(in[k], e)); });
   }
+  WN_DEVICE uint32_t nonzero(int k, int e) const {
+    uint32_t bits = 0;
+    unrolled<S::inputs>([&](auto i) { bits = i == k ? nonzero_bits<typename S::In::template at<i>>(in[i], e) : bits; });
+    return bits;
+  }
 };
 
-template <class S, class A> WN_DEVICE void add_products(const A* x, A* gram) {
+template <class F, class A> WN_DEVICE void add_products(const A* x, A* gram) {
 #pragma unroll
-  for (int j = 0; j < S::gram_inputs; ++j)
+  for (int j = 0; j < F::gram_inputs; ++j)
 #pragma unroll
     for (int i = 0; i <= j; ++i) gram[j * (j + 1) / 2 + i] += x[i] * x[j];
 }
@@ -199,21 +217,22 @@ struct ColumnWalk {
 // ---- stores --------------------------------------------------------------------------------------------------------
 // first() reads every pack of a walk once and shows it to a visitor; again() shows the same packs with their places.
 
+template <class S> constexpr int slots = packs_in_flight(S::inputs);  // packs of each input that a thread loads at once
+
 template <class S> struct Registers {
-  static constexpr int slots = register_packs / S::inputs > 0 ? register_packs / S::inputs : 1;
-  Packs<S> held[slots];
+  Packs<S> held[slots<S>];
 
   template <class Walk, class Visit>
   WN_DEVICE void first(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) {
 #pragma unroll
-    for (int i = 0; i < slots; ++i, walk.advance()) held[i].load(problem, walk.place(), plan.vectors);
+    for (int i = 0; i < slots<S>; ++i, walk.advance()) held[i].load(problem, walk.place(), plan.vectors);
 #pragma unroll
-    for (int i = 0; i < slots; ++i) visit(held[i]);
+    for (int i = 0; i < slots<S>; ++i) visit(held[i]);
   }
   template <class Walk, class Visit>
   WN_DEVICE void again(const Problem<typename S::Formula>&, const Plan&, Walk walk, Visit&& visit) const {
 #pragma unroll
-    for (int i = 0; i < slots; ++i, walk.advance()) visit(walk.place(), held[i]);
+    for (int i = 0; i < slots<S>; ++i, walk.advance()) visit(walk.place(), held[i]);
   }
 };
 
@@ -250,12 +269,12 @@ template <class S> struct Memory {
   template <class Walk, class Visit>
   WN_DEVICE static void stream(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) {
     while (walk.more()) {
-      Packs<S> packs[batch];
-      Place place[batch];
+      Packs<S> packs[slots<S>];
+      Place place[slots<S>];
 #pragma unroll
-      for (int b = 0; b < batch; ++b, walk.advance()) packs[b].load(problem, place[b] = walk.place(), plan.vectors);
+      for (int b = 0; b < slots<S>; ++b, walk.advance()) packs[b].load(problem, place[b] = walk.place(), plan.vectors);
 #pragma unroll
-      for (int b = 0; b < batch; ++b) visit(place[b], packs[b]);
+      for (int b = 0; b < slots<S>; ++b) visit(place[b], packs[b]);
     }
   }
 };
@@ -320,98 +339,71 @@ struct Team {
 
 // ---- leaving the range of the accumulator --------------------------------------------------------------------------
 
-template <class S, class A> WN_DEVICE bool all_safe(const A* gram) {
+template <class F, class A> WN_DEVICE bool all_safe(const A* gram) {
   bool safe = true;
 #pragma unroll
-  for (int k = 0; k < S::gram_inputs; ++k) safe = safe && safe_square(gram[k * (k + 1) / 2 + k]);
+  for (int k = 0; k < F::gram_inputs; ++k) safe = safe && safe_square(gram[k * (k + 1) / 2 + k]);
   return safe;
 }
 
-// Whether a row must be solved again in double. Infinite and NaN inputs give what they give, and zeros are exact.
-template <class S, class A> WN_DEVICE bool must_redo(const A* gram, const A* largest, bool exact) {
+// Whether a row must be solved again. The square of an input of zeros is not safe, but exact.
+template <class F, class A> WN_DEVICE bool must_redo(const A* gram, const uint32_t* nonzero, bool exact) {
   bool redo = !exact;
 #pragma unroll
-  for (int k = 0; k < S::gram_inputs; ++k) {
-    const A square = gram[k * (k + 1) / 2 + k];
-    if (square != square || largest[k] > limits<A>::largest) return false;
-    redo = redo || (!safe_square(square) && largest[k] != A(0));
-  }
+  for (int k = 0; k < F::gram_inputs; ++k)
+    redo = redo || (!safe_square(gram[k * (k + 1) / 2 + k]) && nonzero[k] != 0);
   return redo;
 }
 
-template <class S> struct Solved {
-  double coefficient[S::coefficients], result[S::results];
-  int exponent[S::inputs];
-};
-
-// Shows x, the elements of a row, scaled by 2^-exponent, with their offset; one by one, for any layout.
-template <class S, class Visit>
-WN_DEVICE void scaled_elements(const Problem<typename S::Formula>& problem, int64_t row, int64_t first, int64_t step,
-                               const int* exponent, Visit&& visit) {
+// One by one, for any layout and types; three times over the row: largest elements, Gram matrix, combination.
+// Inputs that are not finite stay unscaled: they give what they give.
+template <class F> WN_OUTLINE void redo_row(const Problem<F>& problem, const Plan& plan, int64_t row) {
   const Layout& layout = problem.layout;
-  PowerOfTwo scale[S::inputs];
-#pragma unroll
-  for (int k = 0; k < S::inputs; ++k) scale[k] = PowerOfTwo(-exponent[k]);
-  for (int64_t j = first; j < layout.row_length(); j += step) {
-    const int64_t offset = (j / layout.inner * layout.rows + row) * layout.inner + j % layout.inner;
-    double x[S::inputs];
-    unrolled<S::inputs>([&](auto k) {
-      x[k] = scale[k] * widen(static_cast<const typename S::In::template at<k>*>(problem.in[k])[offset]);
-    });
-    visit(offset, x);
-  }
-}
-
-template <class S>
-WN_DEVICE void largest_elements(const Problem<typename S::Formula>& problem, int64_t row, const Team& team,
-                                double (&largest)[S::inputs]) {
-  const int unscaled[S::inputs] = {};
-#pragma unroll
-  for (int k = 0; k < S::inputs; ++k) largest[k] = 0;
-  scaled_elements<S>(problem, row, team.thread(), team.threads(), unscaled, [&](int64_t, const double* x) {
-#pragma unroll
-    for (int k = 0; k < S::inputs; ++k) largest[k] = Larger{}(largest[k], magnitude(x[k]));
-  });
-  team.reduce(largest, Larger{});
-}
-
-template <class S>
-WN_DEVICE Solved<S> solve_again(const Problem<typename S::Formula>& problem, int64_t row, const Team& team) {
-  double largest[S::inputs];
-  largest_elements<S>(problem, row, team, largest);
-  Solved<S> solved{};
-#pragma unroll
-  for (int k = 0; k < S::inputs; ++k) solved.exponent[k] = largest[k] > 0 ? ::ilogb(largest[k]) : 0;
-  double gram[S::gram] = {};
-  scaled_elements<S>(problem, row, team.thread(), team.threads(), solved.exponent,
-                     [&](int64_t, const double* x) { add_products<S>(x, gram); });
-  team.reduce(gram, Plus{});
-  problem.formula.solve(row, gram, solved.exponent, solved.coefficient, solved.result);
-#pragma unroll
-  for (int i = 0; i < S::coefficients; ++i) solved.coefficient[i] = finite(solved.coefficient[i]);
-  return solved;
-}
-
-template <class S>
-WN_OUTLINE void combine_again(const Problem<typename S::Formula>& problem, int64_t row, int64_t first, int64_t step,
-                              const Solved<S>& solved) {
-  if constexpr (S::outputs > 0)
-    scaled_elements<S>(problem, row, first, step, solved.exponent, [&](int64_t offset, const double* x) {
-      double y[S::outputs];
-      S::Formula::combine(solved.coefficient, x, y);
-      unrolled<S::outputs>([&](auto l) {
-        using T = typename S::Out::template at<l>;
-        static_cast<T*>(problem.out[l])[offset] = narrow<T>::from(y[l]);
-      });
-    });
-}
-
-template <class S>
-WN_OUTLINE void redo_row(const Problem<typename S::Formula>& problem, const Plan& plan, int64_t row) {
   const Team team(plan);
-  const Solved<S> solved = solve_again<S>(problem, row, team);
-  combine_again<S>(problem, row, team.thread(), team.threads(), solved);
-  if (team.leader()) problem.formula.finish(row, solved.result);
+  int exponent[F::inputs] = {};
+  PowerOfTwo scale[F::inputs];
+  double largest[F::inputs] = {}, gram[gram_size<F>] = {};
+  double coefficient[at_least_one<F::coefficients>], result[at_least_one<F::results>];
+#pragma unroll 1
+  for (int pass = 0; pass < (F::outputs > 0 ? 3 : 2); ++pass) {
+#pragma unroll 1
+    for (int64_t j = team.thread(); j < layout.row_length(); j += team.threads()) {
+      const int64_t o = j / layout.inner, offset = (o * layout.rows + row) * layout.inner + (j - o * layout.inner);
+      double x[F::inputs];
+#pragma unroll
+      for (int k = 0; k < F::inputs; ++k)
+        x[k] = scale[k] * RowValues{problem.in[k], problem.in_type[k], 0}.template at<double>(offset);
+      if (pass == 0) {
+#pragma unroll
+        for (int k = 0; k < F::inputs; ++k) {
+          const double m = magnitude(x[k]);
+          largest[k] = Larger{}(largest[k], m == m ? m : INFINITY);
+        }
+      } else if (pass == 1) {
+        add_products<F>(x, gram);
+      } else if constexpr (F::outputs > 0) {
+        double y[F::outputs];
+        F::combine(coefficient, x, y);
+#pragma unroll
+        for (int l = 0; l < F::outputs; ++l) RowResults{problem.out[l], problem.out_type[l]}.set(offset, y[l]);
+      }
+    }
+    if (pass == 0) {
+      team.reduce(largest, Larger{});
+#pragma unroll
+      for (int k = 0; k < F::inputs; ++k) {
+        if (!(largest[k] > 0 && largest[k] <= limits<double>::largest)) continue;
+        exponent[k] = ::ilogb(largest[k]);
+        scale[k] = PowerOfTwo(-exponent[k]);
+      }
+    } else if (pass == 1) {
+      team.reduce(gram, Plus{});
+      problem.formula.solve(row, gram, exponent, coefficient, result);
+#pragma unroll
+      for (int i = 0; i < F::coefficients; ++i) coefficient[i] = finite(coefficient[i]);
+      if (team.leader()) problem.formula.finish(row, result);
+    }
+  }
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
@@ -422,14 +414,22 @@ template <class S> WN_DEVICE void add_pack(const Packs<S>& packs, typename S::Su
   for (int e = 0; e < S::pack; ++e) {
     typename S::Sum x[S::inputs];
     packs.elements(e, x);
-    add_products<S>(x, sum);
+    add_products<typename S::Formula>(x, sum);
   }
 #pragma unroll
   for (int i = 0; i < S::gram; ++i) gram[i] += sum[i];
 }
 
+template <class S> WN_DEVICE void collect_nonzero(const Packs<S>& packs, uint32_t* nonzero) {
+#pragma unroll
+  for (int k = 0; k < S::inputs; ++k)
+#pragma unroll
+    for (int e = 0; e < S::pack; ++e) nonzero[k] |= packs.nonzero(k, e);
+}
+
 template <class S, template <class> class Store>
 WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Plan& plan, int64_t row) {
+  using F = typename S::Formula;
   using A = typename S::Sum;
   const Team team(plan);
   const RowWalk<S::pack> walk(problem.layout, plan, row, team.thread());
@@ -443,19 +443,11 @@ WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Pl
   A coefficient[S::coefficients], result[S::results];
   problem.formula.solve(row, gram, unscaled, coefficient, result);
   const bool exact = problem.formula.exact(coefficient);
-  if (!exact || !all_safe<S>(gram)) {
-    A largest[S::inputs] = {};
-    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) {
-#pragma unroll
-      for (int e = 0; e < S::pack; ++e) {
-        A x[S::inputs];
-        packs.elements(e, x);
-#pragma unroll
-        for (int k = 0; k < S::inputs; ++k) largest[k] = Larger{}(largest[k], magnitude(x[k]));
-      }
-    });
-    team.reduce(largest, Larger{});
-    if (must_redo<S>(gram, largest, exact)) return redo_row<S>(problem, plan, row);
+  if (!exact || !all_safe<F>(gram)) {
+    uint32_t nonzero[S::inputs] = {};
+    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, nonzero); });
+    team.reduce(nonzero, Or{});
+    if (must_redo<F>(gram, nonzero, exact)) return redo_row(problem, plan, row);
   }
 
   if constexpr (S::outputs > 0)
@@ -466,7 +458,7 @@ WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Pl
 }
 
 template <class S, template <class> class Store>
-WN_KERNEL(most_threads)
+WN_KERNEL(most_threads, 2)
 row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan) {
   const int teams = block_threads() / plan.width;
   const int64_t row = plan.first + int64_t(bid() / plan.pieces) * teams + tid() / plan.width;
@@ -475,82 +467,82 @@ row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan 
 
 // ---- rows split over blocks: partial Gram matrices, then coefficients, then the combination ------------------------
 
-template <class S> struct Workspace {
+template <class F, class A> struct Workspace {
+  struct Partial {
+    A gram[gram_size<F>];
+    uint32_t nonzero[F::inputs];
+  };
   struct Row {
-    Solved<S> solved;
-    bool redo;
+    A coefficient[at_least_one<F::coefficients>];
+    bool redone;
   };
   Row* row;
-  typename S::Sum* partial;  // [rows, pieces, gram]
+  Partial* partial;  // [rows, pieces]
 
   static int64_t bytes(const Layout& layout, const Plan& plan) {
-    return layout.rows * int64_t(sizeof(Row) + plan.pieces * S::gram * sizeof(typename S::Sum));
+    return layout.rows * int64_t(sizeof(Row) + plan.pieces * sizeof(Partial));
   }
   WN_DEVICE Workspace(void* memory, const Layout& layout)
-      : row(static_cast<Row*>(memory)), partial(reinterpret_cast<typename S::Sum*>(row + layout.rows)) {}
+      : row(static_cast<Row*>(memory)), partial(reinterpret_cast<Partial*>(row + layout.rows)) {}
 };
 
 template <class S>
-WN_KERNEL(most_threads)
+WN_KERNEL(most_threads, 2)
 row_partial_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
+  using F = typename S::Formula;
+  using A = typename S::Sum;
   const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
   const Team team(plan);
   const RowWalk<S::pack> walk(problem.layout, plan, row, piece * team.width + team.rank);
-  typename S::Sum gram[S::gram] = {};
-  Memory<S>::stream(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { add_pack<S>(packs, gram); });
-  team.reduce(gram, Plus{});
-  if (team.leader())
-    for (int i = 0; i < S::gram; ++i)
-      Workspace<S>(memory, problem.layout).partial[int64_t(bid()) * S::gram + i] = gram[i];
+  typename Workspace<F, A>::Partial partial{};
+  Memory<S>::stream(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { add_pack<S>(packs, partial.gram); });
+  team.reduce(partial.gram, Plus{});
+  if (all_safe<F>(partial.gram)) {
+    for (uint32_t& nonzero : partial.nonzero) nonzero = 1;
+  } else {
+    Memory<S>::stream(problem, plan, walk,
+                      [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, partial.nonzero); });
+    team.reduce(partial.nonzero, Or{});
+  }
+  if (team.leader()) Workspace<F, A>(memory, problem.layout).partial[bid()] = partial;
 }
 
-// A block per row.
-template <class S>
-WN_KERNEL(most_threads)
-solve_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  using A = typename S::Sum;
-  const Workspace<S> workspace(memory, problem.layout);
+// A block per row. One block alone redoes a row; that it is slow is the price of its being rare.
+template <class F, class A>
+WN_KERNEL(most_threads, 1)
+solve_kernel(WN_PARAMETER Problem<F> problem, WN_PARAMETER Plan plan, void* memory) {
+  const Workspace<F, A> workspace(memory, problem.layout);
   const Team team(plan);
-  const int64_t row = bid();
-  A gram[S::gram] = {};
-  for (int64_t piece = team.rank; piece < plan.pieces; piece += team.width)
-    for (int i = 0; i < S::gram; ++i) gram[i] += workspace.partial[(row * plan.pieces + piece) * S::gram + i];
-  team.reduce(gram, Plus{});
-
-  Solved<S> solved{};
-  A coefficient[S::coefficients] = {}, result[S::results] = {};
-  problem.formula.solve(row, gram, solved.exponent, coefficient, result);
-  for (int i = 0; i < S::coefficients; ++i) solved.coefficient[i] = coefficient[i];
-  for (int i = 0; i < S::results; ++i) solved.result[i] = result[i];
-
-  bool redo = false;
-  const bool exact = problem.formula.exact(coefficient);
-  if (!exact || !all_safe<S>(gram)) {
-    double largest[S::inputs];
-    A rounded[S::inputs];
-    largest_elements<S>(problem, row, team, largest);
-    for (int k = 0; k < S::inputs; ++k) rounded[k] = static_cast<A>(largest[k]);
-    redo = must_redo<S>(gram, rounded, exact);
-    if (redo) solved = solve_again<S>(problem, row, team);
+  const int row = bid();
+  typename Workspace<F, A>::Partial sum{};
+  for (int piece = team.rank; piece < plan.pieces; piece += team.width) {
+    const auto& partial = workspace.partial[row * plan.pieces + piece];
+    for (int i = 0; i < gram_size<F>; ++i) sum.gram[i] += partial.gram[i];
+    for (int k = 0; k < F::inputs; ++k) sum.nonzero[k] |= partial.nonzero[k];
   }
-  if (team.leader()) {
-    workspace.row[row] = {solved, redo};
-    problem.formula.finish(row, solved.result);
-  }
+  team.reduce(sum.gram, Plus{});
+  team.reduce(sum.nonzero, Or{});
+
+  const int unscaled[F::inputs] = {};
+  typename Workspace<F, A>::Row solved{};
+  A result[at_least_one<F::results>] = {};
+  problem.formula.solve(row, sum.gram, unscaled, solved.coefficient, result);
+  solved.redone = must_redo<F>(sum.gram, sum.nonzero, problem.formula.exact(solved.coefficient));
+  if (team.leader()) workspace.row[row] = solved;
+  if (solved.redone) return redo_row(problem, plan, row);
+  if (team.leader()) problem.formula.finish(row, result);
 }
 
 template <class S>
-WN_KERNEL(most_threads)
+WN_KERNEL(most_threads, 2)
 row_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  using A = typename S::Sum;
-  const int row = bid() / plan.pieces, first = bid() % plan.pieces * plan.width + tid();
-  const typename Workspace<S>::Row& state = Workspace<S>(memory, problem.layout).row[row];
-  if (state.redo) return combine_again<S>(problem, row, first, int64_t(plan.pieces) * plan.width, state.solved);
-  A coefficient[S::coefficients];
-  for (int i = 0; i < S::coefficients; ++i) coefficient[i] = static_cast<A>(state.solved.coefficient[i]);
-  const RowWalk<S::pack> walk(problem.layout, plan, row, first);
+  const Workspace<typename S::Formula, typename S::Sum> workspace(memory, problem.layout);
+  const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
+  const auto solved = workspace.row[row];
+  if (solved.redone) return;
+  const RowWalk<S::pack> walk(problem.layout, plan, row, piece * plan.width + tid());
   Memory<S>::stream(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
-    combine_pack<S>(problem, place, plan.vectors, packs, [&](int) { return coefficient; });
+    combine_pack<S>(problem, place, plan.vectors, packs, [&](int) { return solved.coefficient; });
   });
 }
 
@@ -565,7 +557,8 @@ template <class S> struct Tile {
   const Plan& plan;
   int64_t row0;
   int rows, lane, line, lines;
-  A *sums, *peaks, *coefficients;
+  A *sums, *coefficients;
+  uint32_t* nonzero;
   char* redo;
 
   WN_DEVICE Tile(const Layout& layout, const Plan& plan, int64_t tile)
@@ -579,7 +572,7 @@ template <class S> struct Tile {
                            S::coefficients, sizeof(A));
     char* memory = shared<char>();
     sums = reinterpret_cast<A*>(memory + at.sums);
-    peaks = reinterpret_cast<A*>(memory + at.peaks);
+    nonzero = reinterpret_cast<uint32_t*>(memory + at.nonzero);
     coefficients = reinterpret_cast<A*>(memory + at.coefficients);
     redo = memory + at.flags;
   }
@@ -595,8 +588,9 @@ template <class S> struct Tile {
   }
 
   // total[row, i] = reduction of x[i, e] over the threads and lanes that have elements of the row.
-  template <int n, class Operation> WN_DEVICE void reduce(A (&x)[n][S::pack], A* total, Operation operation) const {
-    A* partial = shared<A>();
+  template <class T, int n, class Operation>
+  WN_DEVICE void reduce(T (&x)[n][S::pack], T* total, Operation operation) const {
+    T* partial = shared<T>();
     const int width = plan.tile_threads * S::pack, warps = block_threads() / warp;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -608,7 +602,7 @@ template <class S> struct Tile {
       }
       block_sync();
       for (int row = tid(); row < rows; row += block_threads()) {
-        A sum = 0;
+        T sum = 0;
         for (int w = 0; w < warps; ++w)
           for (int j = 0; j < inner(); ++j) sum = operation(sum, partial[w * width + row * inner() + j]);
         total[row * n + i] = sum;
@@ -623,15 +617,23 @@ template <class S> WN_DEVICE void add_columns(const Packs<S>& packs, typename S:
   for (int e = 0; e < S::pack; ++e) {
     typename S::Sum x[S::inputs], sum[S::gram] = {};
     packs.elements(e, x);
-    add_products<S>(x, sum);
+    add_products<typename S::Formula>(x, sum);
 #pragma unroll
     for (int i = 0; i < S::gram; ++i) gram[i][e] += sum[i];
   }
 }
 
+template <class S> WN_DEVICE void collect_columns(const Packs<S>& packs, uint32_t (&nonzero)[S::inputs][S::pack]) {
+#pragma unroll
+  for (int k = 0; k < S::inputs; ++k)
+#pragma unroll
+    for (int e = 0; e < S::pack; ++e) nonzero[k][e] |= packs.nonzero(k, e);
+}
+
 template <class S>
-WN_KERNEL(most_threads)
+WN_KERNEL(most_threads, 1)
 column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan) {
+  using F = typename S::Formula;
   using A = typename S::Sum;
   const Tile<S> tile(problem.layout, plan, plan.first + bid());
   const ColumnWalk walk = tile.walk(0, 1);
@@ -648,25 +650,17 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
     const A* sums = tile.sums + r * S::gram;
     A* coefficient = tile.coefficients + r * S::coefficients;
     problem.formula.solve(tile.row0 + r, sums, unscaled, coefficient, result);
-    tile.redo[r] = !problem.formula.exact(coefficient) || !all_safe<S>(sums);
+    tile.redo[r] = !problem.formula.exact(coefficient) || !all_safe<F>(sums);
     uncertain = uncertain || tile.redo[r];
     problem.formula.finish(tile.row0 + r, result);
   }
   uncertain = block_any(uncertain);
   if (uncertain) {
-    A largest[S::inputs][S::pack] = {};
-    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) {
-#pragma unroll
-      for (int e = 0; e < S::pack; ++e) {
-        A x[S::inputs];
-        packs.elements(e, x);
-#pragma unroll
-        for (int k = 0; k < S::inputs; ++k) largest[k][e] = Larger{}(largest[k][e], magnitude(x[k]));
-      }
-    });
-    tile.reduce(largest, tile.peaks, Larger{});
+    uint32_t nonzero[S::inputs][S::pack] = {};
+    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_columns<S>(packs, nonzero); });
+    tile.reduce(nonzero, tile.nonzero, Or{});
     for (int r = tid(); r < tile.rows; r += block_threads())
-      tile.redo[r] = tile.redo[r] && must_redo<S>(tile.sums + r * S::gram, tile.peaks + r * S::inputs,
+      tile.redo[r] = tile.redo[r] && must_redo<F>(tile.sums + r * S::gram, tile.nonzero + r * S::inputs,
                                                   problem.formula.exact(tile.coefficients + r * S::coefficients));
     block_sync();
   }
@@ -689,53 +683,54 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
   }
   if (uncertain)
     for (int r = 0; r < tile.rows; ++r)
-      if (tile.redo[r]) redo_row<S>(problem, plan, tile.row0 + r);
+      if (tile.redo[r]) redo_row(problem, plan, tile.row0 + r);
 }
 
 template <class S>
-WN_KERNEL(most_threads)
+WN_KERNEL(most_threads, 1)
 column_partial_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  const Workspace<S> workspace(memory, problem.layout);
+  using F = typename S::Formula;
+  using A = typename S::Sum;
+  const Workspace<F, A> workspace(memory, problem.layout);
   const int piece = bid() % plan.pieces;
   const Tile<S> tile(problem.layout, plan, bid() / plan.pieces);
-  typename S::Sum gram[S::gram][S::pack] = {};
-  Memory<S>::stream(problem, plan, tile.walk(piece, plan.pieces),
-                    [&](const Place&, const Packs<S>& packs) { add_columns<S>(packs, gram); });
+  const ColumnWalk walk = tile.walk(piece, plan.pieces);
+  A gram[S::gram][S::pack] = {};
+  uint32_t nonzero[S::inputs][S::pack] = {};
+  Memory<S>::stream(problem, plan, walk, [&](const Place&, const Packs<S>& packs) {
+    add_columns<S>(packs, gram);
+    collect_columns<S>(packs, nonzero);
+  });
   tile.reduce(gram, tile.sums, Plus{});
-  for (int i = tid(); i < tile.rows * S::gram; i += block_threads()) {
-    const int64_t row = tile.row0 + i / S::gram;
-    workspace.partial[(row * plan.pieces + piece) * S::gram + i % S::gram] = tile.sums[i];
+  tile.reduce(nonzero, tile.nonzero, Or{});
+  for (int r = tid(); r < tile.rows; r += block_threads()) {
+    auto& partial = workspace.partial[(tile.row0 + r) * plan.pieces + piece];
+    for (int i = 0; i < S::gram; ++i) partial.gram[i] = tile.sums[r * S::gram + i];
+    for (int k = 0; k < S::inputs; ++k) partial.nonzero[k] = tile.nonzero[r * S::inputs + k];
   }
 }
 
 template <class S>
-WN_KERNEL(most_threads)
+WN_KERNEL(most_threads, 1)
 column_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  using A = typename S::Sum;
-  const Workspace<S> workspace(memory, problem.layout);
-  const int piece = bid() % plan.pieces;
+  const Workspace<typename S::Formula, typename S::Sum> workspace(memory, problem.layout);
   const Tile<S> tile(problem.layout, plan, bid() / plan.pieces);
-  A coefficient[S::pack][S::coefficients];
+  typename S::Sum coefficient[S::pack][S::coefficients];
   unsigned fast = 0;
 #pragma unroll
   for (int e = 0; e < S::pack; ++e) {
     const int r = tile.column(e) / tile.inner();
     if (r >= tile.rows) continue;
-    const typename Workspace<S>::Row& state = workspace.row[tile.row0 + r];
-    fast |= unsigned(!state.redo) << e;
+    const auto& solved = workspace.row[tile.row0 + r];
+    fast |= unsigned(!solved.redone) << e;
 #pragma unroll
-    for (int i = 0; i < S::coefficients; ++i) coefficient[e][i] = static_cast<A>(state.solved.coefficient[i]);
+    for (int i = 0; i < S::coefficients; ++i) coefficient[e][i] = solved.coefficient[i];
   }
-  Memory<S>::stream(problem, plan, tile.walk(piece, plan.pieces), [&](Place place, const Packs<S>& packs) {
-    place.lanes &= fast;
-    combine_pack<S>(problem, place, plan.vectors, packs, [&](int e) { return coefficient[e]; });
-  });
-  for (int r = 0; r < tile.rows; ++r) {
-    const typename Workspace<S>::Row& state = workspace.row[tile.row0 + r];
-    if (state.redo)
-      combine_again<S>(problem, tile.row0 + r, piece * block_threads() + tid(), int64_t(plan.pieces) * block_threads(),
-                       state.solved);
-  }
+  Memory<S>::stream(problem, plan, tile.walk(bid() % plan.pieces, plan.pieces),
+                    [&](Place place, const Packs<S>& packs) {
+                      place.lanes &= fast;
+                      combine_pack<S>(problem, place, plan.vectors, packs, [&](int e) { return coefficient[e]; });
+                    });
 }
 
 // ---- host: facts, plan, launches -----------------------------------------------------------------------------------
@@ -769,7 +764,7 @@ void launch_split(const Problem<typename S::Formula>& problem, const Plan& plan,
   const Shape per_row = {problem.layout.rows, plan.width, 1, plan.shape.shared_bytes};
   launch(columns ? "columns, split: sums" : "rows, split: sums", plan.shape, stream,
          columns ? column_partial_kernel<S> : row_partial_kernel<S>, problem, plan, workspace);
-  launch("split: coefficients", per_row, stream, solve_kernel<S>, problem, plan, workspace);
+  launch("split: coefficients", per_row, stream, solve_kernel<typename S::Formula, typename S::Sum>, problem, plan, workspace);
   if constexpr (S::outputs > 0)
     launch(columns ? "columns, split: outputs" : "rows, split: outputs", plan.shape, stream,
            columns ? column_combine_kernel<S> : row_combine_kernel<S>, problem, plan, workspace);
@@ -819,7 +814,7 @@ template <class F> int64_t workspace_bytes(const Problem<F>& problem) {
       using S = decltype(signature);
       const Plan plan = choose(facts_of<S>(simplified(problem), true), current_device());
       if (plan.path == Path::row_split || plan.path == Path::column_split)
-        bytes = Workspace<S>::bytes(problem.layout, plan);
+        bytes = Workspace<F, typename S::Sum>::bytes(problem.layout, plan);
     });
   return bytes;
 }

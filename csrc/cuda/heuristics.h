@@ -1,6 +1,6 @@
 // Which path a problem takes, and with how many threads: numbers as data, apart from the kernels.
 // No GPU has measured these numbers yet. They follow from sizes: 16-byte loads, about 64 bytes in flight per thread,
-// 64 KiB of registers per block of 512 threads, at most half a multiprocessor's shared memory so that two blocks
+// 32 KiB of registers per block of 512 threads, at most half a multiprocessor's shared memory so that two blocks
 // overlap their loads and stores.
 #pragma once
 
@@ -16,8 +16,7 @@ namespace wn::cuda {
 constexpr int warp = 32;
 constexpr int most_threads = 512;               // of a block
 constexpr int most_warps = most_threads / warp;
-constexpr int batch = 4;                        // packs of each input that a thread loads before it uses the first
-constexpr int register_packs = 8;               // that a thread holds, over all inputs
+constexpr int packs_in_flight(int inputs) { return inputs < 4 ? 4 / inputs : 1; }  // per input and thread
 constexpr int64_t scratch_values = most_warps + 1;  // per reduced quantity: one of each warp, one of the block
 
 // Several threads of a warp for a short row, a block or a cluster of blocks for a longer one.
@@ -111,7 +110,7 @@ inline Plan plan_rows(const Facts& facts, const Device& device) {
 
   const int64_t packs = plan.segments * plan.segment_packs, rows = layout.rows;
   const int64_t pack_bytes = facts.pack * facts.input_bytes, row_bytes = packs * pack_bytes;
-  const int slots = std::max(1, register_packs / facts.inputs);
+  const int slots = packs_in_flight(facts.inputs);
   const auto held_bytes = [&](int64_t blocks) {
     return facts.row_scratch() + ceil_div(packs, blocks * most_threads) * most_threads * pack_bytes;
   };
@@ -134,11 +133,11 @@ inline Plan plan_rows(const Facts& facts, const Device& device) {
 
   const bool spread = rows < device.multiprocessors && row_bytes > tuning.spread_bytes;
   const int64_t pieces = std::min(ceil_div(int64_t(tuning.split_blocks) * device.multiprocessors, rows),
-                                  packs / (most_threads / 2 * batch));
+                                  packs / (most_threads / 2 * slots));
   const bool can_split = facts.workspace && pieces > 1;
   if (facts.outputs == 0) {
     if (spread && can_split) return finish(Path::row_split, most_threads / 2, pieces, facts.row_scratch());
-    return finish(Path::row_streamed, width_for(2 * batch), 1, facts.row_scratch());
+    return finish(Path::row_streamed, width_for(2 * slots), 1, facts.row_scratch());
   }
 
   int64_t cluster = 1;
@@ -157,14 +156,14 @@ inline Plan plan_rows(const Facts& facts, const Device& device) {
 
 // Shared memory of a column kernel, in bytes from its start.
 struct ColumnScratch {
-  int64_t sums, peaks, coefficients, flags, end;
+  int64_t sums, coefficients, nonzero, flags, end;
   WN_INLINE ColumnScratch(int warps, int tile, int rows, int gram, int inputs, int count, int64_t sum_bytes) {
     const int64_t team = scratch_values * (gram > inputs ? gram : inputs) * int64_t(sizeof(double));
     const int64_t partial = warps * tile * sum_bytes;
     sums = ((team > partial ? team : partial) + 15) / 16 * 16;
-    peaks = sums + rows * gram * sum_bytes;
-    coefficients = peaks + rows * inputs * sum_bytes;
-    flags = coefficients + rows * count * sum_bytes;
+    coefficients = sums + rows * gram * sum_bytes;
+    nonzero = coefficients + rows * count * sum_bytes;
+    flags = nonzero + rows * inputs * int64_t(sizeof(uint32_t));
     end = (flags + rows + 15) / 16 * 16;
   }
 };
@@ -172,6 +171,7 @@ struct ColumnScratch {
 inline Plan plan_columns(const Facts& facts, const Device& device) {
   const Tuning& tuning = tuning_for(device);
   const Layout& layout = facts.layout;
+  const int slots = packs_in_flight(facts.inputs);
   Plan plan{};
   plan.vectors = facts.aligned && facts.misalignment == 0 && layout.rows * layout.inner % facts.pack == 0;
 
@@ -185,7 +185,7 @@ inline Plan plan_columns(const Facts& facts, const Device& device) {
     plan.tile_rows = fits / rows_step * rows_step;
     plan.tiles = ceil_div(layout.rows, plan.tile_rows);
     plan.width = static_cast<int>(std::clamp<int64_t>(
-        power_of_two_from(plan.tile_threads * ceil_div(layout.outer, batch)), warp, most_threads));
+        power_of_two_from(plan.tile_threads * ceil_div(layout.outer, slots)), warp, most_threads));
     plan.store_at = ColumnScratch(plan.width / warp, plan.tile_threads * facts.pack, plan.tile_rows, facts.gram,
                                   facts.inputs, facts.coefficients, facts.sum_bytes).end;
   };
@@ -204,7 +204,7 @@ inline Plan plan_columns(const Facts& facts, const Device& device) {
 
   const auto split_pieces = [&] {
     return std::min(ceil_div(int64_t(tuning.split_blocks) * device.multiprocessors, plan.tiles),
-                    layout.outer / (int64_t(plan.width) / plan.tile_threads * batch));
+                    layout.outer / (int64_t(plan.width) / plan.tile_threads * slots));
   };
   const auto can_split = [&] { return facts.workspace && split_pieces() > 1; };
 

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#define WN_KERNEL(threads) void
+#define WN_KERNEL(threads, blocks) void
 #define WN_PARAMETER const
 #define WN_DEVICE inline
 #define WN_OUTLINE __attribute__((noinline))
