@@ -20,8 +20,8 @@ namespace {
 // The rule, in one place. Scaling y costs a pass over y (batch x rows), materializing w costs a write and a read of w
 // (rows x width) and, on a CPU, the page faults of a fresh w. So w is materialized only where the batch is large
 // against the width, or w is so small that it stays in cache and one fused call is quicker than a scaled product.
-// 16-bit weights always take the materialized path: x v^T could leave the range of float16, and rounding x v^T before
-// it is scaled would cost accuracy in either type. Figures: bench/NOTES.md.
+// 16-bit weights take the materialized path: x v^T could leave the range of float16, and rounding it before it is scaled
+// costs accuracy in either type. Figures: bench/NOTES.md.
 bool materialize_is_faster(const Tensor& x, const Tensor& v) {
   if (!(v.is_cpu() || v.is_cuda() || v.is_meta())) return true;
   if (v.scalar_type() != at::kFloat && v.scalar_type() != at::kDouble) return true;
@@ -52,47 +52,89 @@ Tensor as_matrix(const Tensor& x, const c10::SymInt& width) {
 }
 
 // Where x v^T could leave the range of the type although y does not, v is not used unnormalized. Only a CPU can look at
-// the norms without waiting for them; elsewhere rows beyond 1e+-18 need materialize=True.
-bool in_range(const Tensor& scale) {
-  if (!scale.is_cpu() || scale.scalar_type() == at::kDouble) return true;
+// the norms without waiting for them; elsewhere float16 is always normalized first, and float32 rows of norm beyond
+// 1e+-18 need materialize=True.
+bool in_range(const Tensor& scale, at::ScalarType type) {
+  if (type == at::kDouble) return true;
+  if (!scale.is_cpu()) return type != at::kHalf;
+  const float largest = type == at::kHalf ? 16.f : 1e18f;
   const float* s = scale.const_data_ptr<float>();
   bool good = true;
-  for (int64_t u = 0; u < scale.numel(); ++u) good = good && (s[u] == 0 || (std::fabs(s[u]) > 1e-18f && std::fabs(s[u]) < 1e18f));
+  for (int64_t u = 0; u < scale.numel(); ++u) {
+    const float size = std::fabs(s[u]);
+    good = good && (size == 0 || (size >= 1 / largest && size <= largest));
+  }
   return good;
+}
+
+// On a CPU the passes over v (its norm and the product; the gradient, its projection and dx) go block by block of rows,
+// so that a block is read from memory once and found in cache by whoever comes second: a layer without w then moves
+// the bytes of a plain one.
+constexpr int64_t kBlockBytes = 2 << 20;
+
+template <class F> void for_blocks(const Tensor& v, int64_t batch, F&& block) {
+  const int64_t rows = v.size(0), row_bytes = std::max<int64_t>(1, v.size(1) * v.element_size());
+  // At least as many rows as the batch has: dx is read and written once a block.
+  const int64_t step = v.is_cpu() ? std::max({int64_t(1), kBlockBytes / row_bytes, batch}) : std::max<int64_t>(1, rows);
+  for (int64_t first = 0; first < rows; first += step) block(first, std::min(step, rows - first));
 }
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& v, const Tensor& g,
                                           const std::optional<Tensor>& bias, string_view kind) {
   check(x, v, bias);
-  if (x.is_meta()) return {at::empty_symint(output_shape(x, v), x.options()), op::row_norm(v, 0)};
-  const Tensor scale = op::row_scale(v, g, kind);
-  if (!in_range(scale)) return {at::linear(x, op::weight_norm(v, g, 0, kind, std::nullopt), bias), scale};
-  Tensor y = at::mm(as_matrix(x, v.sym_size(1)), v.t());
-  if (bias)
-    at::addcmul_out(y, *bias, y, scale);
-  else
-    y.mul_(scale);
+  const auto scale_options = v.options().dtype(accumulate_type(v.scalar_type()));
+  if (x.is_meta())
+    return {at::empty_symint(output_shape(x, v), x.options()), at::empty_symint({v.sym_size(0)}, scale_options)};
+  const Tensor x2 = as_matrix(x, v.sym_size(1)), radius = g.reshape({-1});
+  Tensor y = at::empty({x2.size(0), v.size(0)}, x.options()), scale = at::empty({v.size(0)}, scale_options);
+  for_blocks(v, x2.size(0), [&](int64_t first, int64_t rows) {
+    const Tensor v_rows = v.narrow(0, first, rows), g_rows = radius.narrow(0, first, rows);
+    const Tensor scale_rows = scale.narrow(0, first, rows).copy_(op::row_scale(v_rows, g_rows, kind));
+    Tensor y_rows = y.narrow(1, first, rows);
+    if (in_range(scale_rows, v.scalar_type())) {
+      at::mm_out(y_rows, x2, v_rows.t());
+      if (bias && scale.scalar_type() == v.scalar_type())
+        at::addcmul_out(y_rows, bias->narrow(0, first, rows), y_rows, scale_rows);
+      else
+        y_rows.mul_(scale_rows);
+      if (bias && scale.scalar_type() != v.scalar_type()) y_rows.add_(bias->narrow(0, first, rows));
+    } else {
+      at::mm_out(y_rows, x2, op::weight_norm(v_rows, g_rows, 0, kind, std::nullopt).t());
+      if (bias) y_rows.add_(bias->narrow(0, first, rows));
+    }
+  });
   return {x.dim() == 2 ? y : y.reshape_symint(output_shape(x, v)), scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& v,
                                                    const Tensor& g, const Tensor& scale, string_view kind, bool need_x,
                                                    bool need_weight) {
-  const Tensor none = at::empty({0}, v.options());
-  if (x.is_meta())
-    return {need_x ? at::empty_symint(x.sym_sizes(), x.options()) : none,
-            need_weight ? at::empty_symint(v.sym_sizes(), v.options()) : none,
-            need_weight ? at::empty_like(g, at::MemoryFormat::Contiguous) : none};
-  const Tensor dy = as_matrix(grad, v.sym_size(0));
-  Tensor dx = none, dv = none, dg = none;
-  if (need_x) {
-    dx = in_range(scale) ? at::mm(dy * scale, v) : at::mm(dy, op::weight_norm(v, g, 0, kind, std::nullopt));
-    if (x.dim() != 2) dx = dx.reshape_symint(x.sym_sizes());
-  }
-  if (need_weight) {
-    dv = at::mm(dy.t(), as_matrix(x, v.sym_size(1)));
-    dg = op::project_(dv, v, g, 0, kind);
-  }
+  const auto empty_if = [](bool needed, const Tensor& like) {
+    return needed ? at::empty_symint(like.sym_sizes(), like.options()) : at::empty({0}, like.options());
+  };
+  Tensor dx = empty_if(need_x, x), dv = empty_if(need_weight, v), dg = empty_if(need_weight, g);
+  if (x.is_meta()) return {dx, dv, dg};
+  const Tensor dy = as_matrix(grad, v.sym_size(0)), x2 = as_matrix(x, v.sym_size(1)), radius = g.reshape({-1});
+  Tensor dx2 = as_matrix(dx, v.sym_size(1)), dg_rows = dg.view({-1});
+  if (need_x && v.size(0) == 0) dx.zero_();
+  for_blocks(v, x2.size(0), [&](int64_t first, int64_t rows) {
+    const Tensor v_rows = v.narrow(0, first, rows), g_rows = radius.narrow(0, first, rows);
+    const Tensor dy_rows = dy.narrow(1, first, rows), scale_rows = scale.narrow(0, first, rows);
+    if (need_weight) {
+      Tensor dv_rows = dv.narrow(0, first, rows);
+      at::mm_out(dv_rows, dy_rows.t(), x2);
+      dg_rows.narrow(0, first, rows).copy_(op::project_(dv_rows, v_rows, g_rows, 0, kind));
+    }
+    if (need_x) {
+      const bool scaled = in_range(scale_rows, v.scalar_type());
+      const Tensor left = scaled ? (dy_rows * scale_rows).to(v.scalar_type()) : dy_rows;
+      const Tensor right = scaled ? v_rows : op::weight_norm(v_rows, g_rows, 0, kind, std::nullopt);
+      if (first == 0)
+        at::mm_out(dx2, left, right);
+      else
+        dx2.addmm_(left, right);
+    }
+  });
   return {dx, dv, dg};
 }
 
@@ -131,6 +173,7 @@ TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_kernels(m); }
 #endif
 TORCH_LIBRARY_IMPL(wnkernels, CompositeImplicitAutograd, m) { m.impl("weight_norm_linear", TORCH_FN(weight_norm_linear)); }
+TORCH_LIBRARY_IMPL(wnkernels, FuncTorchBatchedDecomposition, m) { m.impl("weight_norm_linear", TORCH_FN(weight_norm_linear)); }
 TORCH_LIBRARY_IMPL(wnkernels, AutocastCPU, m) { m.impl("weight_norm_linear", TORCH_FN(weight_norm_linear_autocast)); }
 TORCH_LIBRARY_IMPL(wnkernels, AutocastCUDA, m) { m.impl("weight_norm_linear", TORCH_FN(weight_norm_linear_autocast)); }
 

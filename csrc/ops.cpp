@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -297,6 +298,58 @@ TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_kernels(m); }
 #if defined(WN_WITH_CUDA)
 TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_kernels(m); }
 #endif
+
+// Devices without kernels: the formula, and one warning.
+namespace fallback {
+namespace {
+
+void warn(const Tensor& on) {
+  TORCH_WARN_ONCE("wnkernels has no kernels for ", on.device().type(),
+                  " tensors in this build and computes in torch operations there, which is slower.");
+}
+
+Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, std::optional<ScalarType> out_dtype) {
+  warn(v);
+  return formula::weight_norm(v, g, dim, kind, out_dtype);
+}
+std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim,
+                                                string_view kind) {
+  warn(v);
+  return formula::weight_norm_backward(grad, v, g, dim, kind);
+}
+Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  warn(v);
+  return formula::radius_backward(grad, v, g, dim, kind);
+}
+Tensor row_norm(const Tensor& v, Dim dim) {
+  warn(v);
+  return formula::row_norm(v, dim);
+}
+Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  warn(v);
+  const auto [dv, dr] = formula::weight_norm_backward(grad, v, g, dim, kind);
+  grad.copy_(dv);
+  return dr;
+}
+void normalize_(Tensor w, Dim dim, const std::optional<Tensor>& norm, double value) {
+  warn(w);
+  const Dim rows = wrap_dim(w, dim);
+  const Tensor target = at::full_symint(rows ? c10::SymDimVector{w.sym_size(*rows)} : c10::SymDimVector{}, value,
+                                        w.options().dtype(accumulate_type(w.scalar_type())));
+  w.copy_(formula::weight_norm(w, norm ? target.copy_(*norm) : target, dim, "swn", std::nullopt));
+}
+
+}  // namespace
+}  // namespace fallback
+
+TORCH_LIBRARY_IMPL(wnkernels, CompositeExplicitAutograd, m) {
+  m.impl("weight_norm", TORCH_FN(fallback::weight_norm));
+  m.impl("weight_norm_backward", TORCH_FN(fallback::weight_norm_backward));
+  m.impl("radius_backward", TORCH_FN(fallback::radius_backward));
+  m.impl("row_norm", TORCH_FN(fallback::row_norm));
+  m.impl("project_", TORCH_FN(fallback::project_));
+  m.impl("normalize_", TORCH_FN(fallback::normalize_));
+}
 
 namespace op {
 

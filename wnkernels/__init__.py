@@ -11,3 +11,8 @@ except ImportError as error:
         "wnkernels._C is missing, or was built against another torch than the one installed here "
         f"({torch.__version__}): run `pip install --no-build-isolation .` in the source tree."
     ) from error
+
+from . import functional, nn, parametrize, reference  # noqa: E402
+from .parametrize import convert, fold, unfold, weight_norm  # noqa: E402
+
+__all__ = ["convert", "fold", "functional", "nn", "parametrize", "reference", "unfold", "weight_norm"]
