@@ -202,25 +202,21 @@ inline Plan plan_columns(const Facts& facts, const Device& device) {
     return plan;
   };
 
-  const auto split_pieces = [&] {
-    return std::min(ceil_div(int64_t(tuning.split_blocks) * device.multiprocessors, plan.tiles),
-                    layout.outer / (int64_t(plan.width) / plan.tile_threads * slots));
-  };
-  const auto can_split = [&] { return facts.workspace && split_pieces() > 1; };
-
   set_tile(*std::rbegin(column_tile_bytes));
-  const bool few = 2 * plan.tiles < device.multiprocessors;
-  if (facts.outputs > 0 && held_bytes() <= device.shared_bytes && !(few && can_split())) {
-    for (const int64_t bytes : column_tile_bytes) {
-      set_tile(bytes);
-      if (held_bytes() <= device.shared_bytes && plan.tiles >= device.multiprocessors) break;
-    }
-    return finish(Path::column_shared, 1, held_bytes());
-  }
+  const bool few = 2 * plan.tiles < device.multiprocessors;  // even as narrow tiles
+  const bool fits = facts.outputs > 0 && held_bytes() <= device.shared_bytes;
+
   set_tile(*std::begin(column_tile_bytes));
-  if (plan.tiles < device.multiprocessors && can_split())
-    return finish(Path::column_split, split_pieces(), plan.store_at);
-  return finish(Path::column_streamed, 1, plan.store_at);
+  const int64_t pieces = std::min(ceil_div(int64_t(tuning.split_blocks) * device.multiprocessors, plan.tiles),
+                                  layout.outer / (int64_t(plan.width) / plan.tile_threads * slots));
+  const bool split = facts.workspace && pieces > 1 && (fits ? few : plan.tiles < device.multiprocessors);
+  if (split) return finish(Path::column_split, pieces, plan.store_at);
+  if (!fits) return finish(Path::column_streamed, 1, plan.store_at);
+  for (const int64_t bytes : column_tile_bytes) {
+    set_tile(bytes);
+    if (held_bytes() <= device.shared_bytes && plan.tiles >= device.multiprocessors) break;
+  }
+  return finish(Path::column_shared, 1, held_bytes());
 }
 
 inline Plan choose(const Facts& facts, const Device& device) {

@@ -1,4 +1,5 @@
-// The entry point of the tests: a problem by numbers and pointers, as ctypes can pass it.
+#include "call.h"
+
 #include "kernels.h"
 
 #include <memory>
@@ -6,15 +7,6 @@
 #include <string>
 
 namespace {
-
-struct Call {
-  int32_t formula, kind;
-  int64_t outer, rows, inner;
-  void *v, *gradient, *out, *radius, *result;
-  int32_t v_type, gradient_type, out_type, radius_type, result_type, workspace;
-};
-
-enum Name { row_norm, row_scale, forward, backward, radius_backward };
 
 template <class F> void run(const Call& call, const F& formula) {
   wn::Problem<F> problem{};
@@ -47,7 +39,6 @@ template <class F, class G> F with(F formula, wn::RowResults G::*member, const w
 
 }  // namespace
 
-// Returns what went wrong, or an empty string.
 extern "C" const char* simt_call(const Call* call) {
   static std::string error;
   error.clear();

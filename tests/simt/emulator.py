@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMULAS = ["row_norm", "row_scale", "forward", "backward", "radius_backward"]
 KINDS = ["swn", "ewn"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SOURCES = ["simt.cpp", "call.cpp", "faults.cpp"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -21,11 +22,12 @@ def compiler():
     return shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++")]
 
 
-def build(extra_flags=(), sources=None):
-    """The shared library for the present sources; a build of the same files and flags is used again."""
+def build(extra_flags=(), program=None):
+    """The shared library for the present sources, or a program with them; the same files and flags are built once."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *extra_flags,
              f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}"]
-    sources = sources or sorted([*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("tests/simt/*.cpp")])
+    sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *(ROOT / "tests/simt" / name for name in SOURCES)])
+    sources += [program] if program else []
     headers = sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*h"), *ROOT.glob("tests/simt/*.h")])
     content = hashlib.sha256(shlex.join([*compiler(), *flags]).encode())
     for path in [*sources, *headers]:
@@ -44,7 +46,7 @@ def build(extra_flags=(), sources=None):
 
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
         objects = list(pool.map(compile_one, sources))
-    subprocess.run([*compiler(), *flags, "-shared", *objects, "-o", parts / library.name], check=True)
+    subprocess.run([*compiler(), *flags, *([] if program else ["-shared"]), *objects, "-o", parts / library.name], check=True)
     os.replace(parts / library.name, library)
     shutil.rmtree(parts)
     return library
@@ -63,6 +65,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.library.simt_call.restype = ctypes.c_char_p
         self.library.simt_log.restype = ctypes.c_char_p
+        self.library.simt_fault.restype = ctypes.c_char_p
 
     def device(self, multiprocessors=4, capability=90, shared_bytes=227 << 10, blocks=2**31 - 1):
         self.library.simt_device(multiprocessors, capability, ctypes.c_int64(shared_bytes), ctypes.c_int64(blocks))
@@ -84,3 +87,6 @@ class Emulator:
             path, *numbers = line.split("; ")
             launches.append({"path": path} | {k: int(n) for k, n in (number.split() for number in numbers)})
         return launches
+
+    def fault(self, number, out):
+        return self.library.simt_fault(number, ctypes.c_void_p(out.data_ptr())).decode()
