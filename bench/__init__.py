@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench.digits` for the quick picture; `layers`, `kernels` and `overhead` for more."""
