@@ -17,10 +17,10 @@
 #include "../dispatch.h"
 #include "../kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#if defined(WN_ONE_VERSION) || !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
 #define WN_MULTIVERSION
+#else
+#define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
 namespace wn::cpu {
