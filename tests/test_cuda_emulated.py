@@ -301,7 +301,7 @@ def test_more_rows_than_a_grid_has_blocks(emulator, name):
 
 # ---- alignment -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("pair", [(f32, f32), (bf16, bf16), (f32, f16), (f64, f64)], ids=pair_name)
+@pytest.mark.parametrize("pair", [(f32, f32), (f16, f16), (f32, bf16)], ids=pair_name)
 @pytest.mark.parametrize("name", PATHS)
 def test_unaligned_views(emulator, name, pair):
     """Views that begin an element or more into their storage: all alike (still vectors), and all different."""
@@ -339,7 +339,7 @@ def scaled_rows(tensor, exponents):
 def test_huge_tiny_and_zero_rows(emulator, name, dtype):
     layout, _ = prepare(emulator, name, dtype)
     far = 30 if dtype == f32 else 300
-    for v_exponents, g_exponents in [([0, far], [far, 0]), ([-far, None, 0], [0, None, -far, far]), ([far], [-far])]:
+    for v_exponents, g_exponents in [([far, 0, -far, None, far], [0, far, 0, 0, -far]), ([None, -far], [-far, far, None])]:
         v, gradient, radius = random_problem(layout, dtype, dtype, "swn")
         scaled_rows(v.tensor, v_exponents)
         scaled_rows(gradient.tensor, g_exponents)
@@ -362,7 +362,7 @@ def test_huge_tiny_and_zero_rows(emulator, name, dtype):
         oracle.check_radius_gradient(dr.tensor)
         size = oracle.size * torch.where(oracle.n == 0, 0.0, oracle.s.abs() / oracle.n.clamp_min(5e-324))
         representable = (size < torch.finfo(dtype).max / 1e3) & ((size > torch.finfo(dtype).tiny * 1e9) | (size == 0))
-        assert representable.any() or len(v_exponents) == 1
+        assert representable.any()
         for name_ in ["v", "gradient", "n", "s", "t", "p", "size"]:
             value = getattr(oracle, name_)
             setattr(oracle, name_, value[:, representable] if value.dim() == 3 else value[representable])
@@ -479,7 +479,7 @@ def test_limits_of_the_device_are_errors(emulator):
     """A plan for one device is refused by a smaller one."""
     layout = (1, 3, 4300 * 4)
     v, w, radius = torch.randn(layout), torch.empty(layout), torch.ones(3)
-    emulator.device(2, 80, 200)
+    emulator.device(2, 80, 100)
     with pytest.raises(RuntimeError, match="wrong size of shared memory"):
         emulator.call("forward", layout, v=v, radius=radius, out=w)
 

@@ -24,7 +24,7 @@ def compiler():
 
 def build(extra_flags=(), program=None):
     """The shared library for the present sources, or a program with them; the same files and flags are built once."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *extra_flags,
+    flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *extra_flags,
              f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}"]
     sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *(ROOT / "tests/simt" / name for name in SOURCES)])
     sources += [program] if program else []

@@ -1,5 +1,6 @@
 #include "cuda/device.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -16,7 +17,7 @@ namespace wn::cuda {
 
 namespace simt {
 
-constexpr int warp_size = 32;
+constexpr int warp_size = 32, most_threads = 1024, most_cluster = 8;
 constexpr std::size_t stack_bytes = 128 << 10;
 
 struct Block {
@@ -27,8 +28,12 @@ struct Block {
 // Threads that wait for each other: at a barrier of a block or a cluster, or in a shuffle.
 enum class Wait { none, block, block_any, cluster, shuffle };
 
+// It lives on from block to block, unless a fault has left it in the middle of a kernel.
 struct Fibre {
-  ucontext_t context{};
+  ucontext_t context;
+  jmp_buf place;
+  char* stack = nullptr;
+  bool started = false;
   Where where{};
   Wait wait = Wait::none;
   bool done = false;
@@ -49,10 +54,11 @@ struct State {
   int64_t vector_accesses = 0;
 
   std::vector<Block> blocks;
-  std::vector<Fibre> fibres;
+  std::unique_ptr<Fibre[]> fibres{new Fibre[most_threads * most_cluster]};
+  int threads = 0;  // of the present cluster
   std::vector<Fibre*> ready;
-  std::vector<char*> stacks;
   ucontext_t scheduler{};
+  jmp_buf scheduler_place;
   const std::function<void()>* kernel = nullptr;
   std::string error;
 #if defined(__SANITIZE_ADDRESS__)
@@ -62,28 +68,31 @@ struct State {
 };
 State state;
 
-// The address sanitizer must know of every change of stack.
-void to_fibre(Fibre& fibre, [[maybe_unused]] char* stack) {
+// Under the address sanitizer, which must know of every change of stack, contexts are swapped; otherwise jumps do the
+// same without a system call.
+void to_fibre(Fibre& fibre) {
   current = &fibre;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, stack, stack_bytes);
-#endif
+  __sanitizer_start_switch_fiber(&fake_stack, fibre.stack, stack_bytes);
   swapcontext(&state.scheduler, &fibre.context);
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#else
+  if (_setjmp(state.scheduler_place) != 0) return;
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  setcontext(&fibre.context);
 #endif
 }
 
 void to_scheduler() {
   Fibre& fibre = *current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(fibre.done ? nullptr : &fibre.fake_stack, state.scheduler_stack,
-                                 state.scheduler_stack_bytes);
-#endif
+  __sanitizer_start_switch_fiber(&fibre.fake_stack, state.scheduler_stack, state.scheduler_stack_bytes);
   swapcontext(&fibre.context, &state.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fibre.fake_stack, &state.scheduler_stack, &state.scheduler_stack_bytes);
+#else
+  if (_setjmp(fibre.place) == 0) _longjmp(state.scheduler_place, 1);
 #endif
 }
 
@@ -91,9 +100,27 @@ void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &state.scheduler_stack, &state.scheduler_stack_bytes);
 #endif
-  (*state.kernel)();
-  current->done = true;
-  to_scheduler();
+  while (true) {
+    (*state.kernel)();
+    current->done = true;
+    to_scheduler();
+  }
+}
+
+void prepare(Fibre& fibre) {
+  if (fibre.started) return;
+  if (fibre.stack == nullptr) {
+    void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) throw std::runtime_error("simt: no memory for the stack of a fibre");
+    fibre.stack = static_cast<char*>(stack);
+  }
+  getcontext(&fibre.context);
+  fibre.context.uc_stack.ss_sp = fibre.stack;
+  fibre.context.uc_stack.ss_size = stack_bytes;
+  makecontext(&fibre.context, enter, 0);
+#if defined(__SANITIZE_ADDRESS__)
+  fibre.started = true;
+#endif
 }
 
 std::string name(const Fibre& fibre) {
@@ -118,18 +145,20 @@ void wait_for_all(Wait wait) {
   Fibre& self = *current;
   self.wait = wait;
   bool any = false;
-  for (const Fibre& other : state.fibres) {
+  for (int i = 0; i < state.threads; ++i) {
+    const Fibre& other = state.fibres[i];
     if (!together(self, other, wait)) continue;
     if (other.done) fail("waits at a barrier that " + name(other) + " left out");
     if (other.wait != wait) return to_scheduler();
     any = any || other.condition;
   }
-  for (Fibre& other : state.fibres)
-    if (together(self, other, wait)) {
-      other.wait = Wait::none;
-      other.condition = any;
-      if (&other != &self) state.ready.push_back(&other);
-    }
+  for (int i = 0; i < state.threads; ++i) {
+    Fibre& other = state.fibres[i];
+    if (!together(self, other, wait)) continue;
+    other.wait = Wait::none;
+    other.condition = any;
+    if (&other != &self) state.ready.push_back(&other);
+  }
 }
 
 void barrier(bool of_cluster) {
@@ -188,15 +217,6 @@ char* peer_memory(const void* in_shared, int rank) {
   return state.blocks[rank].shared.get() + offset;
 }
 
-char* stack_of(std::size_t fibre) {
-  while (state.stacks.size() <= fibre) {
-    void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) throw std::runtime_error("simt: no memory for the stack of a fibre");
-    state.stacks.push_back(static_cast<char*>(stack));
-  }
-  return state.stacks[fibre];
-}
-
 void run_cluster(const Shape& shape, int64_t first_block, std::mt19937_64& random) {
   state.blocks.clear();
   state.blocks.resize(shape.cluster);
@@ -205,43 +225,36 @@ void run_cluster(const Shape& shape, int64_t first_block, std::mt19937_64& rando
     block.shared.reset(static_cast<char*>(::operator new[](shape.shared_bytes)));
     std::memset(block.shared.get(), 0xff, shape.shared_bytes);  // NaN in every floating-point type
   }
-  state.fibres.clear();
-  state.fibres.resize(std::size_t(shape.cluster) * shape.threads);
+  state.threads = shape.cluster * shape.threads;
   state.ready.clear();
-  for (std::size_t i = 0; i < state.fibres.size(); ++i) {
+  for (int i = 0; i < state.threads; ++i) {
     Fibre& fibre = state.fibres[i];
-    const int rank = static_cast<int>(i) / shape.threads;
-    fibre.where = {static_cast<int>(i) % shape.threads, shape.threads, static_cast<int>(first_block) + rank, rank,
-                   shape.cluster};
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = stack_of(i);
-    fibre.context.uc_stack.ss_size = stack_bytes;
-    makecontext(&fibre.context, enter, 0);
+    const int rank = i / shape.threads;
+    fibre.where = {i % shape.threads, shape.threads, static_cast<int>(first_block) + rank, rank, shape.cluster};
+    fibre.wait = Wait::none;
+    fibre.done = false;
+    prepare(fibre);
     state.ready.push_back(&fibre);
   }
-  std::size_t done = 0;
-  while (!state.ready.empty()) {
+  int done = 0;
+  while (!state.ready.empty() && state.error.empty()) {
     std::swap(state.ready[random() % state.ready.size()], state.ready.back());
     Fibre& fibre = *state.ready.back();
     state.ready.pop_back();
-    to_fibre(fibre, state.stacks[&fibre - state.fibres.data()]);
-    if (!state.error.empty()) return;
+    to_fibre(fibre);
     done += fibre.done;
   }
-  if (done < state.fibres.size()) {
-    for (const Fibre& fibre : state.fibres)
-      if (!fibre.done) {
-        state.error = name(fibre) + ": waits for ever";
-        return;
-      }
-  }
+  for (int i = 0; i < state.threads && done < state.threads && state.error.empty(); ++i)
+    if (!state.fibres[i].done) state.error = name(state.fibres[i]) + ": waits for ever";
+  if (!state.error.empty())
+    for (int i = 0; i < state.threads; ++i) state.fibres[i].started = false;
 }
 
 void run(const char* what, const Shape& shape, const std::function<void()>& kernel) {
   const std::string prefix = std::string("simt: ") + what + ": ";
   if (shape.blocks < 1 || shape.blocks > state.device.blocks) throw std::runtime_error(prefix + "wrong number of blocks");
-  if (shape.threads < 1 || shape.threads > 1024) throw std::runtime_error(prefix + "wrong number of threads");
-  if (shape.cluster < 1 || shape.cluster > 8 || shape.blocks % shape.cluster != 0)
+  if (shape.threads < 1 || shape.threads > most_threads) throw std::runtime_error(prefix + "wrong number of threads");
+  if (shape.cluster < 1 || shape.cluster > most_cluster || shape.blocks % shape.cluster != 0)
     throw std::runtime_error(prefix + "wrong size of clusters");
   if (shape.cluster > 1 && state.device.capability < 90) throw std::runtime_error(prefix + "no clusters on this device");
   if (shape.shared_bytes < 0 || shape.shared_bytes > state.device.shared_bytes)
