@@ -1,4 +1,5 @@
 // y = x w^T + b for w = (s/n) v, without w where w would cost more than it saves.
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addcmul.h>
@@ -17,16 +18,19 @@ using at::Tensor;
 
 namespace {
 
-// The rule, in one place. Scaling y costs a pass over y (batch x rows), materializing w costs a write and a read of w
-// (rows x width) and, on a CPU, the page faults of a fresh w. So w is materialized only where the batch is large
-// against the width, or w is so small that it stays in cache and one fused call is quicker than a scaled product.
-// 16-bit weights take the materialized path: x v^T could leave the range of float16, and rounding it before it is scaled
-// costs accuracy in either type. Figures: bench/NOTES.md.
+// Layers of up to this many elements stay in cache.
+constexpr int64_t kSmallLayer = 1 << 18;
+
+// The rule, in one place. Without w, y takes a second pass (batch x rows); with it, w is written and read (rows x width)
+// and, on a CPU, the page faults of a fresh w are paid. So w is materialized where the batch is large against the width,
+// and where the layer is small enough that the one fused call is the quickest.
+// 16-bit weights are materialized too: x v^T could leave the range of float16, and rounding it before it is scaled costs
+// accuracy in either type. Figures: bench/NOTES.md.
 bool materialize_is_faster(const Tensor& x, const Tensor& v) {
   if (!(v.is_cpu() || v.is_cuda() || v.is_meta())) return true;
   if (v.scalar_type() != at::kFloat && v.scalar_type() != at::kDouble) return true;
-  const c10::SymInt width = v.sym_size(1), batch = x.sym_numel();  // batch x width elements
-  return v.sym_numel() <= 1 << 16 || batch >= 4 * width * width;
+  const c10::SymInt width = v.sym_size(1), batch_elements = x.sym_numel();
+  return v.sym_numel() <= kSmallLayer || 2 * batch_elements >= width * width;
 }
 
 void check(const Tensor& x, const Tensor& v, const std::optional<Tensor>& bias) {
@@ -67,16 +71,19 @@ bool in_range(const Tensor& scale, at::ScalarType type) {
   return good;
 }
 
-// On a CPU the passes over v (its norm and the product; the gradient, its projection and dx) go block by block of rows,
-// so that a block is read from memory once and found in cache by whoever comes second: a layer without w then moves
-// the bytes of a plain one.
-constexpr int64_t kBlockBytes = 2 << 20;
+// On a CPU the passes over v (its norm and the product; the gradient and its projection) go block by block of rows, each
+// block in one thread from beginning to end: it is read from memory once and found in cache by whoever comes second,
+// and the whole costs one parallel region. Small layers are in cache anyway and leave the threads to the product.
+constexpr int64_t kBlockRows = 64;
 
 template <class F> void for_blocks(const Tensor& v, int64_t batch, F&& block) {
-  const int64_t rows = v.size(0), row_bytes = std::max<int64_t>(1, v.size(1) * v.element_size());
-  // At least as many rows as the batch has: dx is read and written once a block.
-  const int64_t step = v.is_cpu() ? std::max({int64_t(1), kBlockBytes / row_bytes, batch}) : std::max<int64_t>(1, rows);
-  for (int64_t first = 0; first < rows; first += step) block(first, std::min(step, rows - first));
+  const int64_t rows = v.size(0), step = std::max(kBlockRows, batch / 2);
+  if (!v.is_cpu() || v.numel() <= kSmallLayer || rows < 2 * step * at::get_num_threads())
+    return block(0, rows);
+  at::parallel_for(0, (rows + step - 1) / step, 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView below;  // dispatch state is the thread's
+    for (int64_t i = first; i < last; ++i) block(i * step, std::min(step, rows - i * step));
+  });
 }
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& v, const Tensor& g,
@@ -115,26 +122,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   Tensor dx = empty_if(need_x, x), dv = empty_if(need_weight, v), dg = empty_if(need_weight, g);
   if (x.is_meta()) return {dx, dv, dg};
   const Tensor dy = as_matrix(grad, v.sym_size(0)), x2 = as_matrix(x, v.sym_size(1)), radius = g.reshape({-1});
-  Tensor dx2 = as_matrix(dx, v.sym_size(1)), dg_rows = dg.view({-1});
-  if (need_x && v.size(0) == 0) dx.zero_();
-  for_blocks(v, x2.size(0), [&](int64_t first, int64_t rows) {
-    const Tensor v_rows = v.narrow(0, first, rows), g_rows = radius.narrow(0, first, rows);
-    const Tensor dy_rows = dy.narrow(1, first, rows), scale_rows = scale.narrow(0, first, rows);
-    if (need_weight) {
+  const Tensor dg_rows = dg.view({-1});
+  if (need_weight)
+    for_blocks(v, x2.size(0), [&](int64_t first, int64_t rows) {
       Tensor dv_rows = dv.narrow(0, first, rows);
-      at::mm_out(dv_rows, dy_rows.t(), x2);
-      dg_rows.narrow(0, first, rows).copy_(op::project_(dv_rows, v_rows, g_rows, 0, kind));
-    }
-    if (need_x) {
-      const bool scaled = in_range(scale_rows, v.scalar_type());
-      const Tensor left = scaled ? (dy_rows * scale_rows).to(v.scalar_type()) : dy_rows;
-      const Tensor right = scaled ? v_rows : op::weight_norm(v_rows, g_rows, 0, kind, std::nullopt);
-      if (first == 0)
-        at::mm_out(dx2, left, right);
-      else
-        dx2.addmm_(left, right);
-    }
-  });
+      at::mm_out(dv_rows, dy.narrow(1, first, rows).t(), x2);
+      dg_rows.narrow(0, first, rows)
+          .copy_(op::project_(dv_rows, v.narrow(0, first, rows), radius.narrow(0, first, rows), 0, kind));
+    });
+  if (need_x) {
+    Tensor dx2 = as_matrix(dx, v.sym_size(1));
+    if (in_range(scale, v.scalar_type()))
+      at::mm_out(dx2, (dy * scale).to(v.scalar_type()), v);
+    else
+      at::mm_out(dx2, dy, op::weight_norm(v, g, 0, kind, std::nullopt));
+  }
   return {dx, dv, dg};
 }
 
