@@ -23,6 +23,7 @@ namespace wn::cuda {
 
 template <class... T> struct Types {
   template <int k> using at = std::tuple_element_t<k, std::tuple<T...>>;
+  static constexpr int count = sizeof...(T);
   template <int k> static constexpr int64_t bytes = sizeof(at<k>);
   static constexpr int64_t size[] = {sizeof(T)..., 0};
   static constexpr int64_t largest = std::max({int64_t(0), int64_t(sizeof(T))...});
@@ -30,18 +31,22 @@ template <class... T> struct Types {
 };
 
 template <int n> constexpr int at_least_one = n > 0 ? n : 1;  // the length of an array
-template <class F> constexpr int gram_size = F::gram_inputs * (F::gram_inputs + 1) / 2;
+
+// What reading takes: the types of the inputs, how many of them are in the Gram matrix, the elements of a pack.
+template <class I, int gram, int elements> struct Reading {
+  using In = I;
+  using Sum = accumulator_t<typename In::template at<0>>;
+  static constexpr int inputs = In::count, gram_inputs = gram, gram_size = gram * (gram + 1) / 2, pack = elements;
+};
 
 // One instantiation: a formula with the types of its inputs and outputs.
-template <class F, class I, class O> struct Signature {
+template <class F, class I, class O>
+struct Signature : Reading<I, F::gram_inputs, 16 / std::max(I::largest, O::largest)> {
   using Formula = F;
-  using In = I;
   using Out = O;
-  using Sum = accumulator_t<typename In::template at<0>>;
-  static constexpr int inputs = F::inputs, outputs = F::outputs, gram_inputs = F::gram_inputs;
-  static constexpr int gram = gram_size<F>;
+  using Reads = Reading<I, F::gram_inputs, Signature::pack>;
+  static constexpr int outputs = F::outputs;
   static constexpr int coefficients = at_least_one<F::coefficients>, results = at_least_one<F::results>;
-  static constexpr int pack = 16 / std::max(In::largest, Out::largest);
 };
 
 template <int n> struct Index {
@@ -115,14 +120,16 @@ template <class T> WN_DEVICE uint32_t nonzero_bits(const Words& words, int e) {
   else return words.word[2 * e] | (words.word[2 * e + 1] & 0x7fffffffu);
 }
 
+template <int n> using Pointers = const void* [n];
+
 // The packs of all inputs at one place.
 template <class S> struct Packs {
   static constexpr int pack = S::pack;
   Words in[S::inputs];
 
-  WN_DEVICE void load(const Problem<typename S::Formula>& problem, const Place& place, bool vectors) {
+  WN_DEVICE void load(const Pointers<S::inputs>& from, const Place& place, bool vectors) {
     unrolled<S::inputs>([&](auto k) {
-      in[k] = load_pack<typename S::In::template at<k>, pack>(problem.in[k], place, vectors);
+      in[k] = load_pack<typename S::In::template at<k>, pack>(from[k], place, vectors);
     });
   }
   template <class A> WN_DEVICE void elements(int e, A* x) const {
@@ -215,7 +222,8 @@ struct ColumnWalk {
 };
 
 // ---- stores --------------------------------------------------------------------------------------------------------
-// first() reads every pack of a walk once and shows it to a visitor; again() shows the same packs with their places.
+// first() reads every pack of a walk once and shows it to a visitor; again() shows the same packs with their places;
+// look() is again() where it is rare.
 
 template <class S> constexpr int slots = packs_in_flight(S::inputs);  // packs of each input that a thread loads at once
 
@@ -223,16 +231,20 @@ template <class S> struct Registers {
   Packs<S> held[slots<S>];
 
   template <class Walk, class Visit>
-  WN_DEVICE void first(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) {
+  WN_DEVICE void first(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) {
 #pragma unroll
-    for (int i = 0; i < slots<S>; ++i, walk.advance()) held[i].load(problem, walk.place(), plan.vectors);
+    for (int i = 0; i < slots<S>; ++i, walk.advance()) held[i].load(in, walk.place(), plan.vectors);
 #pragma unroll
     for (int i = 0; i < slots<S>; ++i) visit(held[i]);
   }
   template <class Walk, class Visit>
-  WN_DEVICE void again(const Problem<typename S::Formula>&, const Plan&, Walk walk, Visit&& visit) const {
+  WN_DEVICE void again(const Pointers<S::inputs>&, const Plan&, Walk walk, Visit&& visit) const {
 #pragma unroll
     for (int i = 0; i < slots<S>; ++i, walk.advance()) visit(walk.place(), held[i]);
+  }
+  template <class Walk, class Visit>
+  WN_DEVICE void look(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) const {
+    again(in, plan, walk, visit);
   }
 };
 
@@ -246,9 +258,9 @@ template <class S> struct Memory {
            S::pack * (block_threads() * (i * S::In::sum + before) + tid() * S::In::template bytes<k>);
   }
   template <class Walk, class Visit>
-  WN_DEVICE void first(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) const {
+  WN_DEVICE void first(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) const {
     int64_t i = 0;
-    stream(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
+    stream(in, plan, walk, [&](const Place& place, const Packs<S>& packs) {
       visit(packs);
       if (plan.held && place.lanes != 0)
         unrolled<S::inputs>([&](auto k) { store<S::pack * S::In::template bytes<k>>(slot<k>(plan, i), packs.in[k]); });
@@ -256,8 +268,8 @@ template <class S> struct Memory {
     });
   }
   template <class Walk, class Visit>
-  WN_DEVICE void again(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) const {
-    if (!plan.held) return stream(problem, plan, walk, visit);
+  WN_DEVICE void again(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) const {
+    if (!plan.held) return stream(in, plan, walk, visit);
     for (int64_t i = 0; walk.more(); ++i, walk.advance()) {
       const Place place = walk.place();
       Packs<S> packs{};
@@ -267,12 +279,16 @@ template <class S> struct Memory {
     }
   }
   template <class Walk, class Visit>
-  WN_DEVICE static void stream(const Problem<typename S::Formula>& problem, const Plan& plan, Walk walk, Visit&& visit) {
+  WN_DEVICE void look(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) const {
+    stream(in, plan, walk, visit);
+  }
+  template <class Walk, class Visit>
+  WN_DEVICE static void stream(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) {
     while (walk.more()) {
       Packs<S> packs[slots<S>];
       Place place[slots<S>];
 #pragma unroll
-      for (int b = 0; b < slots<S>; ++b, walk.advance()) packs[b].load(problem, place[b] = walk.place(), plan.vectors);
+      for (int b = 0; b < slots<S>; ++b, walk.advance()) packs[b].load(in, place[b] = walk.place(), plan.vectors);
 #pragma unroll
       for (int b = 0; b < slots<S>; ++b) visit(place[b], packs[b]);
     }
@@ -362,7 +378,7 @@ template <class F> WN_OUTLINE void redo_row(const Problem<F>& problem, const Pla
   const Team team(plan);
   int exponent[F::inputs] = {};
   PowerOfTwo scale[F::inputs];
-  double largest[F::inputs] = {}, gram[gram_size<F>] = {};
+  double largest[F::inputs] = {}, gram[F::gram_inputs * (F::gram_inputs + 1) / 2] = {};
   double coefficient[at_least_one<F::coefficients>], result[at_least_one<F::results>];
 #pragma unroll 1
   for (int pass = 0; pass < (F::outputs > 0 ? 3 : 2); ++pass) {
@@ -409,15 +425,15 @@ template <class F> WN_OUTLINE void redo_row(const Problem<F>& problem, const Pla
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
 template <class S> WN_DEVICE void add_pack(const Packs<S>& packs, typename S::Sum* gram) {
-  typename S::Sum sum[S::gram] = {};  // of the pack first: shorter chains of additions, which are faster and rounder
+  typename S::Sum sum[S::gram_size] = {};  // of the pack first: shorter chains of additions, which are faster and rounder
 #pragma unroll
   for (int e = 0; e < S::pack; ++e) {
     typename S::Sum x[S::inputs];
     packs.elements(e, x);
-    add_products<typename S::Formula>(x, sum);
+    add_products<S>(x, sum);
   }
 #pragma unroll
-  for (int i = 0; i < S::gram; ++i) gram[i] += sum[i];
+  for (int i = 0; i < S::gram_size; ++i) gram[i] += sum[i];
 }
 
 template <class S> WN_DEVICE void collect_nonzero(const Packs<S>& packs, uint32_t* nonzero) {
@@ -435,8 +451,8 @@ WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Pl
   const RowWalk<S::pack> walk(problem.layout, plan, row, team.thread());
   Store<S> store;
 
-  A gram[S::gram] = {};
-  store.first(problem, plan, walk, [&](const Packs<S>& packs) { add_pack<S>(packs, gram); });
+  A gram[S::gram_size] = {};
+  store.first(problem.in, plan, walk, [&](const Packs<S>& packs) { add_pack<S>(packs, gram); });
   team.reduce(gram, Plus{});
 
   const int unscaled[S::inputs] = {};
@@ -445,13 +461,13 @@ WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Pl
   const bool exact = problem.formula.exact(coefficient);
   if (!exact || !all_safe<F>(gram)) {
     uint32_t nonzero[S::inputs] = {};
-    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, nonzero); });
+    store.look(problem.in, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, nonzero); });
     team.reduce(nonzero, Or{});
     if (must_redo<F>(gram, nonzero, exact)) return redo_row(problem, plan, row);
   }
 
   if constexpr (S::outputs > 0)
-    store.again(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
+    store.again(problem.in, plan, walk, [&](const Place& place, const Packs<S>& packs) {
       combine_pack<S>(problem, place, plan.vectors, packs, [&](int) { return coefficient; });
     });
   if (team.leader()) problem.formula.finish(row, result);
@@ -467,65 +483,67 @@ row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan 
 
 // ---- rows split over blocks: partial Gram matrices, then coefficients, then the combination ------------------------
 
-template <class F, class A> struct Workspace {
-  struct Partial {
-    A gram[gram_size<F>];
-    uint32_t nonzero[F::inputs];
-  };
+// What one block knows of a row.
+template <class R> struct Partial {
+  typename R::Sum gram[R::gram_size];
+  uint32_t nonzero[R::inputs];
+};
+template <class F, class R> struct Workspace {
   struct Row {
-    A coefficient[at_least_one<F::coefficients>];
+    typename R::Sum coefficient[at_least_one<F::coefficients>];
     bool redone;
   };
   Row* row;
-  Partial* partial;  // [rows, pieces]
+  Partial<R>* partial;  // [rows, pieces]
 
   static int64_t bytes(const Layout& layout, const Plan& plan) {
-    return layout.rows * int64_t(sizeof(Row) + plan.pieces * sizeof(Partial));
+    return layout.rows * int64_t(sizeof(Row) + plan.pieces * sizeof(Partial<R>));
   }
-  WN_DEVICE Workspace(void* memory, const Layout& layout)
-      : row(static_cast<Row*>(memory)), partial(reinterpret_cast<Partial*>(row + layout.rows)) {}
+  WN_INLINE Workspace(void* memory, const Layout& layout)
+      : row(static_cast<Row*>(memory)), partial(reinterpret_cast<Partial<R>*>(row + layout.rows)) {}
+};
+template <class S> using WorkspaceOf = Workspace<typename S::Formula, typename S::Reads>;
+
+template <int inputs> struct Source {
+  Layout layout;
+  const void* in[inputs];
 };
 
-template <class S>
+template <class R>
 WN_KERNEL(most_threads, 2)
-row_partial_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  using F = typename S::Formula;
-  using A = typename S::Sum;
+row_partial_kernel(WN_PARAMETER Source<R::inputs> source, WN_PARAMETER Plan plan, Partial<R>* to) {
   const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
   const Team team(plan);
-  const RowWalk<S::pack> walk(problem.layout, plan, row, piece * team.width + team.rank);
-  typename Workspace<F, A>::Partial partial{};
-  Memory<S>::stream(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { add_pack<S>(packs, partial.gram); });
+  const RowWalk<R::pack> walk(source.layout, plan, row, piece * team.width + team.rank);
+  Partial<R> partial{};
+  Memory<R>::stream(source.in, plan, walk, [&](const Place&, const Packs<R>& packs) {
+    add_pack<R>(packs, partial.gram);
+    collect_nonzero<R>(packs, partial.nonzero);
+  });
   team.reduce(partial.gram, Plus{});
-  if (all_safe<F>(partial.gram)) {
-    for (uint32_t& nonzero : partial.nonzero) nonzero = 1;
-  } else {
-    Memory<S>::stream(problem, plan, walk,
-                      [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, partial.nonzero); });
-    team.reduce(partial.nonzero, Or{});
-  }
-  if (team.leader()) Workspace<F, A>(memory, problem.layout).partial[bid()] = partial;
+  team.reduce(partial.nonzero, Or{});
+  if (team.leader()) to[bid()] = partial;
 }
 
 // A block per row. One block alone redoes a row; that it is slow is the price of its being rare.
-template <class F, class A>
+template <class F, class R>
 WN_KERNEL(most_threads, 1)
 solve_kernel(WN_PARAMETER Problem<F> problem, WN_PARAMETER Plan plan, void* memory) {
-  const Workspace<F, A> workspace(memory, problem.layout);
+  const Workspace<F, R> workspace(memory, problem.layout);
   const Team team(plan);
   const int row = bid();
-  typename Workspace<F, A>::Partial sum{};
+  Partial<R> sum{};
   for (int piece = team.rank; piece < plan.pieces; piece += team.width) {
-    const auto& partial = workspace.partial[row * plan.pieces + piece];
-    for (int i = 0; i < gram_size<F>; ++i) sum.gram[i] += partial.gram[i];
-    for (int k = 0; k < F::inputs; ++k) sum.nonzero[k] |= partial.nonzero[k];
+    const Partial<R>& partial = workspace.partial[row * plan.pieces + piece];
+    for (int i = 0; i < R::gram_size; ++i) sum.gram[i] += partial.gram[i];
+    for (int k = 0; k < R::inputs; ++k) sum.nonzero[k] |= partial.nonzero[k];
   }
   team.reduce(sum.gram, Plus{});
   team.reduce(sum.nonzero, Or{});
 
   const int unscaled[F::inputs] = {};
-  typename Workspace<F, A>::Row solved{};
-  A result[at_least_one<F::results>] = {};
+  typename Workspace<F, R>::Row solved{};
+  typename R::Sum result[at_least_one<F::results>] = {};
   problem.formula.solve(row, sum.gram, unscaled, solved.coefficient, result);
   solved.redone = must_redo<F>(sum.gram, sum.nonzero, problem.formula.exact(solved.coefficient));
   if (team.leader()) workspace.row[row] = solved;
@@ -536,12 +554,12 @@ solve_kernel(WN_PARAMETER Problem<F> problem, WN_PARAMETER Plan plan, void* memo
 template <class S>
 WN_KERNEL(most_threads, 2)
 row_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  const Workspace<typename S::Formula, typename S::Sum> workspace(memory, problem.layout);
+  const WorkspaceOf<S> workspace(memory, problem.layout);
   const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
   const auto solved = workspace.row[row];
   if (solved.redone) return;
   const RowWalk<S::pack> walk(problem.layout, plan, row, piece * plan.width + tid());
-  Memory<S>::stream(problem, plan, walk, [&](const Place& place, const Packs<S>& packs) {
+  Memory<S>::stream(problem.in, plan, walk, [&](const Place& place, const Packs<S>& packs) {
     combine_pack<S>(problem, place, plan.vectors, packs, [&](int) { return solved.coefficient; });
   });
 }
@@ -568,13 +586,13 @@ template <class S> struct Tile {
     lane = tid() & (plan.tile_threads - 1);
     line = tid() / plan.tile_threads;
     lines = block_threads() / plan.tile_threads;
-    const ColumnScratch at(block_threads() / warp, plan.tile_threads * S::pack, plan.tile_rows, S::gram, S::inputs,
-                           S::coefficients, sizeof(A));
+    const ColumnScratch at(block_threads() / warp, plan.tile_threads * S::pack, plan.tile_rows, S::gram_size, S::inputs,
+                           sizeof(A));
     char* memory = shared<char>();
     sums = reinterpret_cast<A*>(memory + at.sums);
     nonzero = reinterpret_cast<uint32_t*>(memory + at.nonzero);
     coefficients = reinterpret_cast<A*>(memory + at.coefficients);
-    redo = memory + at.flags;
+    redo = memory + at.redo;
   }
 
   WN_DEVICE int inner() const { return static_cast<int>(layout.inner); }
@@ -612,14 +630,14 @@ template <class S> struct Tile {
   }
 };
 
-template <class S> WN_DEVICE void add_columns(const Packs<S>& packs, typename S::Sum (&gram)[S::gram][S::pack]) {
+template <class S> WN_DEVICE void add_columns(const Packs<S>& packs, typename S::Sum (&gram)[S::gram_size][S::pack]) {
 #pragma unroll
   for (int e = 0; e < S::pack; ++e) {
-    typename S::Sum x[S::inputs], sum[S::gram] = {};
+    typename S::Sum x[S::inputs], sum[S::gram_size] = {};
     packs.elements(e, x);
-    add_products<typename S::Formula>(x, sum);
+    add_products<S>(x, sum);
 #pragma unroll
-    for (int i = 0; i < S::gram; ++i) gram[i][e] += sum[i];
+    for (int i = 0; i < S::gram_size; ++i) gram[i][e] += sum[i];
   }
 }
 
@@ -639,15 +657,15 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
   const ColumnWalk walk = tile.walk(0, 1);
   const Memory<S> store;
 
-  A gram[S::gram][S::pack] = {};
-  store.first(problem, plan, walk, [&](const Packs<S>& packs) { add_columns<S>(packs, gram); });
+  A gram[S::gram_size][S::pack] = {};
+  store.first(problem.in, plan, walk, [&](const Packs<S>& packs) { add_columns<S>(packs, gram); });
   tile.reduce(gram, tile.sums, Plus{});
 
   const int unscaled[S::inputs] = {};
   bool uncertain = false;
   for (int r = tid(); r < tile.rows; r += block_threads()) {
     A result[S::results];
-    const A* sums = tile.sums + r * S::gram;
+    const A* sums = tile.sums + r * S::gram_size;
     A* coefficient = tile.coefficients + r * S::coefficients;
     problem.formula.solve(tile.row0 + r, sums, unscaled, coefficient, result);
     tile.redo[r] = !problem.formula.exact(coefficient) || !all_safe<F>(sums);
@@ -657,10 +675,10 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
   uncertain = block_any(uncertain);
   if (uncertain) {
     uint32_t nonzero[S::inputs][S::pack] = {};
-    store.again(problem, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_columns<S>(packs, nonzero); });
+    store.look(problem.in, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_columns<S>(packs, nonzero); });
     tile.reduce(nonzero, tile.nonzero, Or{});
     for (int r = tid(); r < tile.rows; r += block_threads())
-      tile.redo[r] = tile.redo[r] && must_redo<F>(tile.sums + r * S::gram, tile.nonzero + r * S::inputs,
+      tile.redo[r] = tile.redo[r] && must_redo<F>(tile.sums + r * S::gram_size, tile.nonzero + r * S::inputs,
                                                   problem.formula.exact(tile.coefficients + r * S::coefficients));
     block_sync();
   }
@@ -676,7 +694,7 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
 #pragma unroll
       for (int i = 0; i < S::coefficients; ++i) coefficient[e][i] = tile.coefficients[r * S::coefficients + i];
     }
-    store.again(problem, plan, walk, [&](Place place, const Packs<S>& packs) {
+    store.again(problem.in, plan, walk, [&](Place place, const Packs<S>& packs) {
       place.lanes &= fast;
       combine_pack<S>(problem, place, plan.vectors, packs, [&](int e) { return coefficient[e]; });
     });
@@ -686,34 +704,30 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
       if (tile.redo[r]) redo_row(problem, plan, tile.row0 + r);
 }
 
-template <class S>
+template <class R>
 WN_KERNEL(most_threads, 1)
-column_partial_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  using F = typename S::Formula;
-  using A = typename S::Sum;
-  const Workspace<F, A> workspace(memory, problem.layout);
+column_partial_kernel(WN_PARAMETER Source<R::inputs> source, WN_PARAMETER Plan plan, Partial<R>* to) {
   const int piece = bid() % plan.pieces;
-  const Tile<S> tile(problem.layout, plan, bid() / plan.pieces);
-  const ColumnWalk walk = tile.walk(piece, plan.pieces);
-  A gram[S::gram][S::pack] = {};
-  uint32_t nonzero[S::inputs][S::pack] = {};
-  Memory<S>::stream(problem, plan, walk, [&](const Place&, const Packs<S>& packs) {
-    add_columns<S>(packs, gram);
-    collect_columns<S>(packs, nonzero);
+  const Tile<R> tile(source.layout, plan, bid() / plan.pieces);
+  typename R::Sum gram[R::gram_size][R::pack] = {};
+  uint32_t nonzero[R::inputs][R::pack] = {};
+  Memory<R>::stream(source.in, plan, tile.walk(piece, plan.pieces), [&](const Place&, const Packs<R>& packs) {
+    add_columns<R>(packs, gram);
+    collect_columns<R>(packs, nonzero);
   });
   tile.reduce(gram, tile.sums, Plus{});
   tile.reduce(nonzero, tile.nonzero, Or{});
   for (int r = tid(); r < tile.rows; r += block_threads()) {
-    auto& partial = workspace.partial[(tile.row0 + r) * plan.pieces + piece];
-    for (int i = 0; i < S::gram; ++i) partial.gram[i] = tile.sums[r * S::gram + i];
-    for (int k = 0; k < S::inputs; ++k) partial.nonzero[k] = tile.nonzero[r * S::inputs + k];
+    Partial<R>& partial = to[(tile.row0 + r) * plan.pieces + piece];
+    for (int i = 0; i < R::gram_size; ++i) partial.gram[i] = tile.sums[r * R::gram_size + i];
+    for (int k = 0; k < R::inputs; ++k) partial.nonzero[k] = tile.nonzero[r * R::inputs + k];
   }
 }
 
 template <class S>
 WN_KERNEL(most_threads, 1)
 column_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
-  const Workspace<typename S::Formula, typename S::Sum> workspace(memory, problem.layout);
+  const WorkspaceOf<S> workspace(memory, problem.layout);
   const Tile<S> tile(problem.layout, plan, bid() / plan.pieces);
   typename S::Sum coefficient[S::pack][S::coefficients];
   unsigned fast = 0;
@@ -726,7 +740,7 @@ column_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARA
 #pragma unroll
     for (int i = 0; i < S::coefficients; ++i) coefficient[e][i] = solved.coefficient[i];
   }
-  Memory<S>::stream(problem, plan, tile.walk(bid() % plan.pieces, plan.pieces),
+  Memory<S>::stream(problem.in, plan, tile.walk(bid() % plan.pieces, plan.pieces),
                     [&](Place place, const Packs<S>& packs) {
                       place.lanes &= fast;
                       combine_pack<S>(problem, place, plan.vectors, packs, [&](int e) { return coefficient[e]; });
@@ -740,7 +754,7 @@ template <class S> Facts facts_of(const Problem<typename S::Formula>& problem, b
   facts.layout = problem.layout;
   facts.inputs = S::inputs;
   facts.outputs = S::outputs;
-  facts.gram = S::gram;
+  facts.gram = S::gram_size;
   facts.coefficients = S::coefficients;
   facts.pack = S::pack;
   facts.input_bytes = S::In::sum;
@@ -759,15 +773,19 @@ template <class S> Facts facts_of(const Problem<typename S::Formula>& problem, b
 }
 
 template <class S>
-void launch_split(const Problem<typename S::Formula>& problem, const Plan& plan, void* workspace, void* stream) {
+void launch_split(const Problem<typename S::Formula>& problem, const Plan& plan, void* memory, void* stream) {
+  using R = typename S::Reads;
   const bool columns = plan.path == Path::column_split;
+  const WorkspaceOf<S> workspace(memory, problem.layout);
+  Source<S::inputs> source = {problem.layout, {}};
+  std::copy(std::begin(problem.in), std::end(problem.in), source.in);
   const Shape per_row = {problem.layout.rows, plan.width, 1, plan.shape.shared_bytes};
   launch(columns ? "columns, split: sums" : "rows, split: sums", plan.shape, stream,
-         columns ? column_partial_kernel<S> : row_partial_kernel<S>, problem, plan, workspace);
-  launch("split: coefficients", per_row, stream, solve_kernel<typename S::Formula, typename S::Sum>, problem, plan, workspace);
+         columns ? column_partial_kernel<R> : row_partial_kernel<R>, source, plan, workspace.partial);
+  launch("split: coefficients", per_row, stream, solve_kernel<typename S::Formula, R>, problem, plan, memory);
   if constexpr (S::outputs > 0)
     launch(columns ? "columns, split: outputs" : "rows, split: outputs", plan.shape, stream,
-           columns ? column_combine_kernel<S> : row_combine_kernel<S>, problem, plan, workspace);
+           columns ? column_combine_kernel<S> : row_combine_kernel<S>, problem, plan, memory);
 }
 
 // More blocks than a grid can have take several launches.
@@ -814,7 +832,7 @@ template <class F> int64_t workspace_bytes(const Problem<F>& problem) {
       using S = decltype(signature);
       const Plan plan = choose(facts_of<S>(simplified(problem), true), current_device());
       if (plan.path == Path::row_split || plan.path == Path::column_split)
-        bytes = Workspace<F, typename S::Sum>::bytes(problem.layout, plan);
+        bytes = WorkspaceOf<S>::bytes(problem.layout, plan);
     });
   return bytes;
 }

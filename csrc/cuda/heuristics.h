@@ -156,16 +156,16 @@ inline Plan plan_rows(const Facts& facts, const Device& device) {
 
 // Shared memory of a column kernel, in bytes from its start.
 struct ColumnScratch {
-  int64_t sums, coefficients, nonzero, flags, end;
-  WN_INLINE ColumnScratch(int warps, int tile, int rows, int gram, int inputs, int count, int64_t sum_bytes) {
+  int64_t sums, nonzero, redo, coefficients;
+  WN_INLINE ColumnScratch(int warps, int tile, int rows, int gram, int inputs, int64_t sum_bytes) {
     const int64_t team = scratch_values * (gram > inputs ? gram : inputs) * int64_t(sizeof(double));
     const int64_t partial = warps * tile * sum_bytes;
     sums = ((team > partial ? team : partial) + 15) / 16 * 16;
-    coefficients = sums + rows * gram * sum_bytes;
-    nonzero = coefficients + rows * count * sum_bytes;
-    flags = nonzero + rows * inputs * int64_t(sizeof(uint32_t));
-    end = (flags + rows + 15) / 16 * 16;
+    nonzero = sums + rows * gram * sum_bytes;
+    redo = nonzero + rows * inputs * int64_t(sizeof(uint32_t));
+    coefficients = (redo + rows + 15) / 16 * 16;
   }
+  int64_t end(int rows, int count, int64_t sum_bytes) const { return (coefficients + rows * count * sum_bytes + 15) / 16 * 16; }
 };
 
 inline Plan plan_columns(const Facts& facts, const Device& device) {
@@ -187,7 +187,8 @@ inline Plan plan_columns(const Facts& facts, const Device& device) {
     plan.width = static_cast<int>(std::clamp<int64_t>(
         power_of_two_from(plan.tile_threads * ceil_div(layout.outer, slots)), warp, most_threads));
     plan.store_at = ColumnScratch(plan.width / warp, plan.tile_threads * facts.pack, plan.tile_rows, facts.gram,
-                                  facts.inputs, facts.coefficients, facts.sum_bytes).end;
+                                  facts.inputs, facts.sum_bytes)
+                        .end(plan.tile_rows, facts.coefficients, facts.sum_bytes);
   };
   const auto held_bytes = [&] {
     const int64_t slots = ceil_div(layout.outer, plan.width / plan.tile_threads);
