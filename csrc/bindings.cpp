@@ -1,4 +1,5 @@
 // wnkernels._C: the functions that Python calls outside of torch.compile, with the overhead of torch's own.
+#include <ATen/core/List.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -14,6 +15,24 @@ namespace py = pybind11;
 template <class F> void define(py::module_& m, const char* name, F function) {
   // Errors of torch become Python's (ValueError, TypeError, RuntimeError), and the GIL is released around the call.
   m.def(name, torch::wrap_pybind_function_no_gil(function));
+}
+
+using Tensors = std::vector<Tensor>;
+
+c10::List<std::optional<Tensor>> as_list(const std::vector<std::optional<Tensor>>& tensors) {
+  c10::List<std::optional<Tensor>> list;
+  for (const auto& t : tensors) list.push_back(t);
+  return list;
+}
+
+void polar_sgd_(const Tensors& weights, const Tensors& grads, const Tensors& radius, const Tensors& norm,
+                const Tensors& momentum_buffers, const Tensors& radius_momentum, const Tensors& copies,
+                const Tensors& telemetry, string_view kind, const std::vector<int64_t>& dims,
+                const std::vector<double>& numbers, const std::vector<std::optional<Tensor>>& number_tensors,
+                bool nesterov, bool maximize, string_view retraction, const std::optional<Tensor>& grad_scale,
+                const std::optional<Tensor>& found_inf) {
+  op::polar_sgd_(weights, grads, radius, norm, momentum_buffers, radius_momentum, copies, telemetry, kind, dims, numbers,
+                 as_list(number_tensors), nesterov, maximize, retraction, grad_scale, found_inf);
 }
 
 // What this build was made with; WN_BUILD_* come from setup.py.
@@ -35,6 +54,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "row_norm", op::row_norm);
   define(m, "project_", op::project_);
   define(m, "normalize_", op::normalize_);
+  define(m, "polar_sgd_", polar_sgd_);
   m.attr("build_info") = build_info();
 }
 

@@ -1,7 +1,10 @@
 // What the torch side hands to an engine: plain structs of pointers and sizes, one entry point per backend.
 #pragma once
 
+#include <vector>
+
 #include "polar.h"
+#include "step.h"
 
 namespace wn {
 
@@ -28,6 +31,8 @@ template <class Formula> struct Problem {
 // fp32 v; an output v- or G-typed.
 namespace cpu {
 template <class Formula> void run(const Problem<Formula>& problem);
+// The same for many problems that share their types.
+template <class Formula> void run(const std::vector<Problem<Formula>>& problems);
 }
 namespace cuda {
 // Few long rows are spread over the whole GPU only if there is a workspace: device memory of at least

@@ -99,14 +99,16 @@ template <int... i, class F> WN_INLINE void static_for(std::integer_sequence<int
 }
 template <int n, class F> WN_INLINE void static_for(F&& f) { static_for(std::make_integer_sequence<int, n>{}, f); }
 
-// A per-row array of any dtype, or one value for all rows when there is no array.
+// A per-row array of any dtype (stride 0: one element for all rows), or one value when there is no array.
 struct RowValues {
   const void* data = nullptr;
   DType type = DType::f32;
   double value = 0;
+  int64_t stride = 1;
 
   template <class A> WN_INLINE A at(int64_t row) const {
     if (data == nullptr) return static_cast<A>(value);
+    row *= stride;
     switch (type) {
       case DType::f32: return static_cast<A>(static_cast<const float*>(data)[row]);
       case DType::f64: return static_cast<A>(static_cast<const double*>(data)[row]);

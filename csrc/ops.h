@@ -51,6 +51,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
 at::Tensor weight_norm_linear(const at::Tensor& x, const at::Tensor& v, const at::Tensor& g,
                               const std::optional<at::Tensor>& bias, string_view kind,
                               std::optional<bool> materialize);
+// In place on every list; see wnkernels.functional.polar_sgd_. A dim below 0 is None. `numbers` are lr, radius_lr,
+// weight_decay, radius_weight_decay, momentum and the weight of the new gradient in the momentum, and an entry of
+// `number_tensors` (none at all, or six) stands in for the number.
+void polar_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList radius, at::TensorList norm,
+                at::TensorList momentum_buffers, at::TensorList radius_momentum, at::TensorList copies,
+                at::TensorList telemetry, string_view kind, at::IntArrayRef dims, at::ArrayRef<double> numbers,
+                const c10::List<std::optional<at::Tensor>>& number_tensors, bool nesterov, bool maximize,
+                string_view retraction, const std::optional<at::Tensor>& grad_scale,
+                const std::optional<at::Tensor>& found_inf);
 }  // namespace op
 
 // The same mathematics in at:: operations: differentiable to any order, in any mode and transform.

@@ -11,6 +11,9 @@
 //      `results` numbers for the row; `exact` tells whether these c lost nothing to over- or underflow;
 //   3. `combine` turns the elements x into the elements y of the `outputs` output rows;
 //   4. `finish` stores the row's results, once per row.
+// A formula with `residuals` asks for a second reduction over the row, before `solve`: `prepare` turns the Gram matrix
+// into `coefficients` numbers and says whether the sums are needed, `residual` are the terms of the sums, and `solve`
+// gets the sums, or null where `prepare` could do without.
 // A row whose Gram matrix or coefficients leave the range of the accumulator A is solved again in double with
 // x_i scaled by 2^-e_i to a largest magnitude in [1, 2); elsewhere all e_i are 0. So `solve` never under- or overflows
 // before its result does.
@@ -20,7 +23,7 @@
 
 namespace wn {
 
-enum class Kind : int { swn, ewn };
+enum class Kind : int { swn, ewn, unit };  // unit: the radius is fixed; of steps only
 
 WN_INLINE float exponential(float x) { return ::expf(x); }
 WN_INLINE double exponential(double x) { return ::exp(x); }
@@ -35,7 +38,7 @@ WN_INLINE double signed_radius(Kind kind, double r) { return kind == Kind::ewn ?
 
 // n = |x_0|
 struct RowNorm {
-  static constexpr int inputs = 1, gram_inputs = 1, outputs = 0, coefficients = 0, results = 1;
+  static constexpr int inputs = 1, gram_inputs = 1, outputs = 0, coefficients = 0, residuals = 0, results = 1;
   RowResults norm;
 
   template <class A> WN_INLINE void solve(int64_t, const A* gram, const int* e, A*, A* result) const {
@@ -48,7 +51,7 @@ struct RowNorm {
 
 // w = (s/n) v. A zero row has no direction: w = 0.
 struct Forward {
-  static constexpr int inputs = 1, gram_inputs = 1, outputs = 1, coefficients = 1, results = 0;
+  static constexpr int inputs = 1, gram_inputs = 1, outputs = 1, coefficients = 1, residuals = 0, results = 0;
   Kind kind;
   RowValues radius;
 
@@ -76,7 +79,7 @@ struct RowScale : Forward {
 
 // From v and G: dL/dv = (s/n)(G - p t), and dL/dr = p (SWN) or s p (EWN). A zero row has zero gradients.
 struct Backward {
-  static constexpr int inputs = 2, gram_inputs = 2, outputs = 1, coefficients = 2, results = 1;
+  static constexpr int inputs = 2, gram_inputs = 2, outputs = 1, coefficients = 2, residuals = 0, results = 1;
   Kind kind;
   RowValues radius;
   RowResults radius_gradient;

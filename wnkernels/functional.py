@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 
 from . import _C
 
-__all__ = ["weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_"]
+__all__ = ["weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_", "polar_sgd_"]
 
 # The operators serve where a graph is recorded or an argument overrides torch functions; elsewhere the pybind11
 # functions, which dispatch to the same operators, save more than a microsecond a call.
@@ -161,3 +161,55 @@ def normalize_(w, dim=0, norm=1.0):
     except TypeError as error:
         _explain("normalize_", (w, dim, length, value), error)
     return w
+
+
+def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momentum=None, *, kind, dims, lr, radius_lr,
+               momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0, radius_weight_decay=0.0, maximize=False,
+               retraction="project", first_step=False, grad_scale=None, found_inf=None, copies=None, telemetry=None):
+    """One step of SGD on (radius, v), taken on the weights themselves, in place.
+
+    Exactly what ``torch.optim.SGD`` does to g (α) and v of w = g v/‖v‖ (e^α v/‖v‖), without v: beside a weight only its
+    radius parameter and ‖v‖ are kept. The rule is ``reference.polar_sgd_step``; csrc/step.h derives it. Every tensor is
+    read once and written once. All lists have one tensor per weight; a row whose norm is not the kept radius has been
+    edited, and its radius follows the weight. A weight's row that is zero has no direction and stays as it is.
+
+    Args:
+        weights: float32 or float64, dense, overwritten. For a 16-bit parameter: its float32 master copy.
+        grads: dL/dw, of the weights' shapes and dtype; beside ``copies`` of theirs.
+        radius: float64 (R,), signed g or α; for ``kind="unit"`` the fixed length. Overwritten.
+        norm: float64 (R,), ‖v‖. Overwritten.
+        momentum_buffers: like the weights, in the coordinates of v, or None without momentum. Overwritten.
+        radius_momentum: float64 (R,), or None without momentum. Overwritten.
+        kind: "swn", "ewn" or "unit".
+        dims: the dim of rows of each weight, or None for one row.
+        lr, radius_lr, momentum, weight_decay, radius_weight_decay: numbers, tensors of one element, or, beside one
+            weight, of shape (R,). ``weight_decay`` acts on v, ``radius_weight_decay`` on g or α.
+        dampening, nesterov, maximize: as in ``torch.optim.SGD``.
+        retraction: "project" as torch; "renormalize" keeps ‖v‖; "geodesic" turns by lr s‖G⊥‖/‖v‖² along the great
+            circle and keeps ‖v‖, without momentum and decay of v.
+        first_step: the momentum starts as the gradient itself, as in torch.
+        grad_scale, found_inf: 0-d float32, of ``torch.amp.GradScaler``: the factor on the gradients (they are not
+            overwritten), and nonzero where the step is to be skipped.
+        copies: the 16-bit parameters, which get the new weights rounded, or None.
+        telemetry: float64 (R, 5), overwritten with signed radius and ‖v‖ after the step, radial gradient ⟨G, θ⟩,
+            tangential gradient ‖G⊥‖, and angular update in radians; or None.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a list's length, a shape, dtype, device or choice is not as above; nothing
+            has been written then.
+    """
+    numbers = [lr, radius_lr, weight_decay, radius_weight_decay, momentum, 1.0 if first_step else 1.0 - dampening]
+    arguments = (
+        weights, grads, radius, norm, momentum_buffers or [], radius_momentum or [], copies or [], telemetry or [],
+        kind, [-1 if dim is None else dim % w.ndim for dim, w in zip(dims, weights, strict=True)],
+        *_numbers_and_tensors(numbers), nesterov, maximize, retraction, grad_scale, found_inf,
+    )
+    (_ops.polar_sgd_ if _compiling() else _C.polar_sgd_)(*arguments)
+
+
+def _numbers_and_tensors(values):
+    """Numbers with 0 in the place of tensors, and the tensors with None in the place of numbers."""
+    tensors = [v if isinstance(v, torch.Tensor) else None for v in values]
+    if all(t is None for t in tensors):
+        return values, []
+    return [v if t is None else 0.0 for v, t in zip(values, tensors)], tensors

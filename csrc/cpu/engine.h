@@ -47,6 +47,8 @@ template <int n> constexpr int kAtLeastOne = n > 0 ? n : 1;
 template <class Formula> constexpr int kOutputs = kAtLeastOne<Formula::outputs>;
 template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coefficients>;
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
+// Steps keep their rows in double whatever the elements are.
+template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
 // Typed access to the elements of a problem, in the accumulator type.
 template <class Formula, class In, class Out> struct Elements;
@@ -91,14 +93,15 @@ template <class F> WN_INLINE void for_pieces(const Layout& layout, int64_t row, 
   }
 }
 
-template <class Formula, class E>
-WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
+// sums[p] = the sum over a piece of what terms(x, add) adds by add(p, term), for each element x.
+template <int count, class Formula, class E, class F>
+WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms) {
   using A = typename E::A;
-  A lanes[kGram<Formula>][kLanes] = {};
+  A lanes[count][kLanes] = {};
   const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
     A x[Formula::inputs];
     elements.load(i, x);
-    for_products<Formula>(x, [&](int p, A product) __attribute__((always_inline)) { lanes[p][lane] += product; });
+    terms(x, [&](auto p, A term) __attribute__((always_inline)) { lanes[p][lane] += term; });
   };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
@@ -106,11 +109,33 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
   }
   for (int lane = 0; i + lane < end; ++lane) add(i + lane, lane);
-  for (int p = 0; p < kGram<Formula>; ++p) {
+  for (int p = 0; p < count; ++p) {
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int lane = 0; lane < width; ++lane) lanes[p][lane] += lanes[p][lane + width];
-    gram[p] = lanes[p][0];
+    sums[p] = lanes[p][0];
   }
+}
+
+template <class Formula, class E>
+WN_INLINE void gram_of_piece(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
+  reduce_piece<kGram<Formula>, Formula>(elements, begin, end, gram, [](const auto* x, auto&& add)
+      __attribute__((always_inline)) { for_products<Formula>(x, add); });
+}
+
+template <class Formula, class A, class F> WN_INLINE void for_residuals(const A* c, const A* x, F&& add) {
+  A term[Formula::residuals];
+  Formula::residual(c, x, term);
+  static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { add(p, term[p]); });
+}
+
+template <class Formula, class E>
+WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients,
+                                        typename E::A* sums) {
+  using A = typename E::A;
+  A c[kCoefficients<Formula>];
+  static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
+  reduce_piece<Formula::residuals, Formula>(elements, begin, end, sums, [&](const A* x, auto&& add)
+      __attribute__((always_inline)) { for_residuals<Formula>(c, x, add); });
 }
 
 template <class Formula, class E>
@@ -173,20 +198,32 @@ __attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const
   int e[Formula::inputs];
   PowerOfTwo scale[Formula::inputs];
   for (int k = 0; k < Formula::inputs; ++k) {
-    e[k] = largest[k] > 0 ? std::ilogb(largest[k]) : 0;
+    e[k] = k < Formula::gram_inputs && largest[k] > 0 ? std::ilogb(largest[k]) : 0;
     scale[k] = PowerOfTwo(-e[k]);
   }
   const auto load = [&](int64_t at, double* x) {
     elements.load(at, x);
     for (int k = 0; k < Formula::inputs; ++k) x[k] = scale[k] * x[k];
   };
-  double wide[kGram<Formula>] = {}, c[kCoefficients<Formula>], result[kResults<Formula>];
+  double wide[kGram<Formula>] = {}, c[kCoefficients<Formula>] = {}, result[kResults<Formula>];
   for_row([&](int64_t at) {
     double x[Formula::inputs];
     load(at, x);
     for_products<Formula>(x, [&](int p, double product) { wide[p] += product; });
   });
-  problem.formula.solve(row, wide, e, c, result);
+  if constexpr (Formula::residuals > 0) {
+    double sums[Formula::residuals] = {};
+    const bool needed = problem.formula.prepare(row, wide, e, c);
+    if (needed)
+      for_row([&](int64_t at) {
+        double x[Formula::inputs];
+        load(at, x);
+        for_residuals<Formula>(c, x, [&](int p, double term) { sums[p] += term; });
+      });
+    problem.formula.solve(row, wide, e, needed ? sums : nullptr, c, result);
+  } else {
+    problem.formula.solve(row, wide, e, c, result);
+  }
   for (double& q : c) q = finite(q);
   problem.formula.finish(row, result);
   if constexpr (Formula::outputs > 0) {
@@ -206,9 +243,24 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
                          typename E::A* c) {
   using A = typename E::A;
   constexpr int unscaled[Formula::inputs] = {};
-  A gram[kGram<Formula>], result[kResults<Formula>];
+  A gram[kGram<Formula>];
+  Result<Formula, A> result[kResults<Formula>];
   for (int p = 0; p < kGram<Formula>; ++p) gram[p] = static_cast<A>(sums[p]);
-  problem.formula.solve(row, gram, unscaled, c, result);
+  if constexpr (Formula::residuals > 0) {
+    A residuals[Formula::residuals];
+    const bool needed = problem.formula.prepare(row, gram, unscaled, c);
+    if (needed) {
+      double totals[Formula::residuals] = {};
+      for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) {
+        residuals_of_range<Formula>(elements, begin, end, c, residuals);
+        for (int p = 0; p < Formula::residuals; ++p) totals[p] += residuals[p];
+      });
+      for (int p = 0; p < Formula::residuals; ++p) residuals[p] = static_cast<A>(totals[p]);
+    }
+    problem.formula.solve(row, gram, unscaled, needed ? residuals : nullptr, c, result);
+  } else {
+    problem.formula.solve(row, gram, unscaled, c, result);
+  }
   const bool exact = problem.formula.exact(c);
   bool safe = exact;
   for (int k = 0; k < Formula::gram_inputs; ++k) safe &= safe_square(gram[k * (k + 1) / 2 + k]);
@@ -225,7 +277,7 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
     double sums[kGram<Formula>] = {};
     for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
       A gram[kGram<Formula>];
-      reduce_piece<Formula>(elements, begin, end, gram);
+      gram_of_piece<Formula>(elements, begin, end, gram);
       for (int p = 0; p < kGram<Formula>; ++p) sums[p] += gram[p];
     });
     A c[kCoefficients<Formula>];
@@ -240,7 +292,7 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
 
 template <class Formula, class E>
 WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
-  reduce_piece<Formula>(elements, begin, end, gram);
+  gram_of_piece<Formula>(elements, begin, end, gram);
 }
 
 template <class Formula, class E>
@@ -449,6 +501,27 @@ template <class Formula, class In, class Out> void run_typed(const Problem<Formu
   if (layout.rows < 2 * at::get_num_threads() && layout.rows * length > kGrain) return split_rows<Formula, E>(problem);
   at::parallel_for(0, layout.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length)),
                    [&](int64_t first, int64_t last) { rows_in_range<Formula, E>(problem, first, last); });
+}
+
+// Several problems of the same types: small ones side by side in one parallel region, large ones one after the other.
+template <class Formula, class In, class Out> void run_typed(const std::vector<Problem<Formula>>& problems) {
+  std::vector<const Problem<Formula>*> small;
+  int64_t elements = 0;
+  for (const Problem<Formula>& problem : problems) {
+    const int64_t size = problem.layout.rows * problem.layout.row_length();
+    if (size > kGrain) {
+      run_typed<Formula, In, Out>(problem);
+    } else {
+      small.push_back(&problem);
+      elements += size;
+    }
+  }
+  const int64_t count = static_cast<int64_t>(small.size());
+  if (count > 0)
+    at::parallel_for(0, count, std::max<int64_t>(1, kGrain * count / std::max<int64_t>(1, elements)),
+                     [&](int64_t first, int64_t last) {
+                       for (int64_t i = first; i < last; ++i) run_typed<Formula, In, Out>(*small[i]);
+                     });
 }
 
 }  // namespace

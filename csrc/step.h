@@ -1,0 +1,241 @@
+// The polar-coordinate gradient steps: the step that torch's optimizer would take on (radius, v), taken on w itself.
+//
+// A row w = s t of length |s| has direction t = sign(s) w/|w|; beside w it keeps its radius parameter r (g with s = g, or
+// alpha with s = e^alpha) and n, the length of v = n t. From G = dL/dw:
+//   p = <G, t>,  dr = p | s p,  dv = (s/n)(G - p t),  then weight decay, momentum or Adam on (dr, dv),
+//   v' = n t - lr d,  n' = |v'|,  w' = s' v'/n'.
+// Everything per row is computed in double: n grows by parts in 1e9 a step, which float would round away.
+#pragma once
+
+#include "polar.h"
+
+namespace wn {
+
+enum class Retraction : int {
+  project,      // v' as above: what torch does
+  renormalize,  // as project, but n stays
+  geodesic,     // along the great circle by the angle lr (s/n) |G - p t| / n; n stays
+};
+
+// What every polar step knows of a row besides w and G.
+struct PolarRow {
+  Kind kind;
+  Retraction retraction;
+  double gradient_sign;       // -1 to maximize
+  RowValues grad_scale;       // the gradient comes multiplied by it (loss scaling)
+  RowValues lr, radius_lr, weight_decay, radius_weight_decay;
+  double edit_tolerance;      // |w| and |s| differ by more, relatively: somebody else has written w
+  double edit_floor;          // and by more than this, which rounding of subnormal numbers may do
+  double* radius;             // [R] r
+  double* norm;               // [R] n
+  double* telemetry;          // [R, 5] or null: s, n, p, |G - p t|, angular update
+
+  // The row before the step, from the first three Gram entries <w,w>, <w,G>, <G,G> of inputs scaled by 2^-e.
+  struct State {
+    double length;  // |w|, 0 where the row has lost its direction
+    double sign;    // w = sign * |w| * t
+    double r, s, n;
+    double G_scale;       // the true gradient is G_scale times the G that was read
+    double p;             // <true gradient, t>
+    double G_perp_square; // |G - p t|^2 of the G that was read over 2^(2 e_1), subject to cancellation
+    double G_square;
+  };
+
+  template <class A> WN_INLINE State before(int64_t row, const A* gram, const int* e) const {
+    State x;
+    const double root = ::sqrt(static_cast<double>(gram[0]));
+    x.length = shifted(root, e[0]);
+    x.r = radius[row];
+    x.s = kind == Kind::ewn ? finite(::exp(x.r)) : x.r;
+    x.n = norm[row];
+    x.sign = x.s < 0 ? -1 : 1;
+    const double larger = ::fmax(x.length, ::fabs(x.s));
+    if (x.length > 0 && ::fabs(x.length - ::fabs(x.s)) > edit_tolerance * larger + edit_floor) {
+      x.s = x.sign * x.length;
+      x.r = kind == Kind::ewn ? ::log(x.length) : x.s;
+    }
+    x.G_scale = gradient_sign / grad_scale.at<double>(row);
+    const double along = root > 0 ? gram[1] / root : 0;
+    x.p = x.G_scale * x.sign * shifted(along, e[1]);
+    x.G_square = gram[2];
+    x.G_perp_square = ::fmax(0.0, x.G_square - along * along);
+    return x;
+  }
+  WN_INLINE double radius_gradient(const State& x, int64_t row) const {
+    return (kind == Kind::ewn ? x.s * x.p : x.p) + radius_weight_decay.at<double>(row) * x.r;
+  }
+  WN_INLINE double signed_length(double r) const { return kind == Kind::ewn ? finite(::exp(r)) : r; }
+
+  // result[0..1] = r', n'; result[2..6] = telemetry.
+  WN_INLINE void report(const State& x, double r, double s, double n, double G_perp, double angle, double* result) const {
+    result[0] = r;
+    result[1] = n;
+    result[2] = s;
+    result[3] = n;
+    result[4] = x.p;
+    result[5] = ::fabs(x.G_scale) * G_perp;
+    result[6] = angle;
+  }
+  static constexpr int results = 7;
+  template <class A> WN_INLINE void store(int64_t row, const A* result) const {
+    radius[row] = result[0];
+    norm[row] = result[1];
+    if (telemetry != nullptr)
+      for (int i = 0; i < 5; ++i) telemetry[5 * row + i] = result[2 + i];
+  }
+};
+
+// A difference of squares keeps less than this part of its terms: its rounding error could reach a part in 1e4.
+constexpr double kCancellation = 1e-3;
+
+// x_0 = w, x_1 = G, with momentum x_2 = m; y_0 = w', with momentum y_1 = m', with a copy y_last = w' again, rounded.
+template <bool with_momentum, bool with_copy> struct PolarSgd {
+  static constexpr int inputs = 2 + with_momentum, gram_inputs = inputs, outputs = 1 + with_momentum + with_copy;
+  static constexpr int coefficients = with_momentum ? 6 : 2, residuals = 2, results = PolarRow::results + 1;
+  PolarRow rows;
+  bool nesterov;
+  RowValues momentum;         // mu
+  RowValues gradient_weight;  // of the new gradient in the momentum: 1 on the first step, then 1 - dampening
+  double* radius_momentum;    // [R], with momentum
+
+  // d = A t + B G + C m for the G that was read, of which A + B p + C q = d_along lies along t.
+  struct Update {
+    double mu, weight;   // m' = mu m + weight dv
+    double factor;       // of dv in d
+    double k;            // s/n
+    double A, B, C;
+    double q;            // <m, t>
+    double d_along;
+    double d_perp_square, terms;  // subject to cancellation, and the size of what cancels
+  };
+  template <class A_>
+  WN_INLINE Update update(int64_t row, const PolarRow::State& x, const A_* gram, const int* e) const {
+    Update u;
+    u.mu = u.C = u.q = 0;
+    u.weight = u.factor = 1;
+    if constexpr (with_momentum) {
+      u.mu = momentum.at<double>(row);
+      u.weight = gradient_weight.at<double>(row);
+      u.factor = nesterov ? 1 + u.mu * u.weight : u.weight;
+      u.C = nesterov ? u.mu * u.mu : u.mu;
+      const double root = ::sqrt(static_cast<double>(gram[0]));
+      u.q = root > 0 ? x.sign * shifted(gram[3] / root, e[2]) : 0;
+    }
+    const double decay = rows.weight_decay.at<double>(row) * x.n;
+    u.k = x.s / x.n;
+    u.A = u.factor * (decay - u.k * x.p);
+    u.B = u.factor * u.k * x.G_scale;
+    u.d_along = u.factor * decay + u.C * u.q;
+    const double b = shifted(u.B, e[1]);
+    u.d_perp_square = b * b * x.G_perp_square;
+    u.terms = b * b * x.G_square;
+    if constexpr (with_momentum) {
+      const double c = shifted(u.C, e[2]), root = ::sqrt(static_cast<double>(gram[0]));
+      const double g_along = root > 0 ? gram[1] / root : 0, m_along = root > 0 ? gram[3] / root : 0;
+      u.d_perp_square += 2 * b * c * (gram[4] - g_along * m_along) + c * c * (gram[5] - m_along * m_along);
+      u.terms += c * c * gram[5];
+    }
+    return u;
+  }
+
+  // Terms: the squares of d and of G without their parts along t, from c = (of w in each), B, C.
+  template <class A> WN_INLINE bool prepare(int64_t row, const A* gram, const int* e, A* c) const {
+    const PolarRow::State x = rows.before(row, gram, e);
+    if (!(x.length > 0)) return false;
+    const Update u = update(row, x, gram, e);
+    const double g_along = gram[1] / gram[0];
+    c[0] = static_cast<A>(g_along);
+    if constexpr (with_momentum) {
+      const double b = shifted(u.B, e[1]), m = shifted(u.C, e[2]), largest = ::fmax(::fabs(b), ::fabs(m));
+      c[1] = static_cast<A>(largest > 0 ? b / largest : 0);
+      c[2] = static_cast<A>(largest > 0 ? m / largest : 0);
+      c[3] = static_cast<A>(gram[3] / gram[0]);
+    }
+    return u.d_perp_square < kCancellation * u.terms || x.G_perp_square < kCancellation * x.G_square;
+  }
+  template <class A> static WN_INLINE void residual(const A* c, const A* x, A* term) {
+    const A g = x[1] - c[0] * x[0];
+    term[1] = g * g;
+    term[0] = term[1];
+    if constexpr (with_momentum) {
+      const A d = c[1] * g + c[2] * (x[2] - c[3] * x[0]);
+      term[0] = d * d;
+    }
+  }
+
+  template <class A>
+  WN_INLINE void solve(int64_t row, const A* gram, const int* e, const A* sums, A* c, double* result) const {
+    const PolarRow::State x = rows.before(row, gram, e);
+    double mr = 0;
+    if constexpr (with_momentum) mr = radius_momentum[row];
+    if (x.length == 0) {
+      for (int i = 0; i < coefficients; ++i) c[i] = A(0);
+      rows.report(x, x.r, 0, x.n, 0, 0, result);
+      result[PolarRow::results] = mr;
+      return;
+    }
+    Update u = update(row, x, gram, e);
+    double G_perp = ::sqrt(x.G_perp_square), d_perp = ::sqrt(::fmax(0.0, u.d_perp_square));
+    if (sums != nullptr) {
+      G_perp = ::sqrt(static_cast<double>(sums[1]));
+      const double b = shifted(u.B, e[1]);
+      double unit = ::fabs(b);
+      if constexpr (with_momentum) unit = ::fmax(unit, ::fabs(shifted(u.C, e[2])));
+      d_perp = unit * ::sqrt(static_cast<double>(sums[0]));
+    }
+    G_perp = shifted(G_perp, e[1]);
+
+    double r = x.r;
+    if (rows.kind != Kind::unit) {
+      const double dr = rows.radius_gradient(x, row);
+      if constexpr (with_momentum) mr = u.mu * mr + u.weight * dr;
+      r -= rows.radius_lr.at<double>(row) * (!with_momentum ? dr : nesterov ? dr + u.mu * mr : mr);
+    }
+    const double s = rows.signed_length(r), lr = rows.lr.at<double>(row);
+    double along = x.n - lr * u.d_along, n = ::hypot(along, lr * d_perp), angle = ::atan2(lr * d_perp, along);
+    double of_t = x.n - lr * u.A, of_G = -lr * u.B, of_m = -lr * u.C;
+    double scale = n > 0 ? s / n : 0;
+    if (rows.retraction == Retraction::geodesic) {
+      const double perp = ::fabs(x.G_scale) * G_perp, rate = lr * u.k / x.n;
+      angle = rate * perp;
+      const double sine = perp > 0 ? ::sin(angle) / perp : rate;
+      of_t = ::cos(angle) + sine * x.p;
+      of_G = -sine * x.G_scale;
+      scale = s;
+      angle = ::fabs(angle);
+    }
+    if (rows.retraction != Retraction::project) n = x.n;
+    const double unit_w = x.sign / x.length;
+    c[0] = static_cast<A>(finite(shifted(scale * of_t * unit_w, e[0])));
+    c[1] = static_cast<A>(finite(shifted(scale * of_G, e[1])));
+    if constexpr (with_momentum) {
+      c[2] = static_cast<A>(finite(shifted(scale * of_m, e[2])));
+      const double decay = rows.weight_decay.at<double>(row) * x.n;
+      c[3] = static_cast<A>(finite(shifted(u.weight * (decay - u.k * x.p) * unit_w, e[0])));
+      c[4] = static_cast<A>(finite(shifted(u.weight * u.k * x.G_scale, e[1])));
+      c[5] = static_cast<A>(shifted(u.mu, e[2]));
+    }
+    rows.report(x, r, s, n, G_perp, angle, result);
+    result[PolarRow::results] = mr;
+  }
+  template <class A> WN_INLINE bool exact(const A* c) const {
+    bool all = true;
+    for (int i = 0; i < coefficients; ++i) all = all && full_precision(c[i]);
+    return all;
+  }
+  template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) {
+    if constexpr (with_momentum) {
+      y[0] = c[0] * x[0] + c[1] * x[1] + c[2] * x[2];
+      y[1] = c[3] * x[0] + c[4] * x[1] + c[5] * x[2];
+    } else {
+      y[0] = c[0] * x[0] + c[1] * x[1];
+    }
+    if constexpr (with_copy) y[outputs - 1] = y[0];
+  }
+  WN_INLINE void finish(int64_t row, const double* result) const {
+    rows.store(row, result);
+    if constexpr (with_momentum) radius_momentum[row] = result[PolarRow::results];
+  }
+};
+
+}  // namespace wn
