@@ -1035,13 +1035,16 @@ def from_parametrized(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
                 theirs = where.get(radius) if radius.requires_grad else None
                 key = (number, id(theirs), kind, dim)
                 values = radius.detach().double().reshape(-1)
+                moments = optimizer.state.get(radius, {})
                 if theirs is None:
                     options = {"kind": "unit", "dim": dim}
                     values = values.exp() if kind == "ewn" else values
+                    moments = {k: torch.zeros_like(values) for k, x in state.items() if x is not None}
                 else:
                     options = {"kind": kind, "dim": dim, **_radius_options(group, theirs, names[radius])}
-                    moments = {k: x for k, x in optimizer.state[radius].items() if k != "step" and x is not None}
-                    state.update({"radius_" + k: x.double().reshape(-1) for k, x in moments.items()})
+                for k, x in moments.items():
+                    if k != "step" and x is not None:
+                        state["radius_" + k] = x.double().reshape(-1).clone()
                 state.update(radius=values.clone(), norm=functional.row_norm(p, dim).double().reshape(-1))
                 if "step" in state:
                     state["step"] = state["step"].to(p.device)
