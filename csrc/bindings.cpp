@@ -35,6 +35,18 @@ void polar_sgd_(const Tensors& weights, const Tensors& grads, const Tensors& rad
                  as_list(number_tensors), nesterov, maximize, retraction, grad_scale, found_inf);
 }
 
+void polar_adam_(const Tensors& weights, const Tensors& grads, const Tensors& radius, const Tensors& norm,
+                 const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& max_exp_avg_sq,
+                 const Tensors& radius_exp_avg, const Tensors& radius_exp_avg_sq, const Tensors& radius_max_exp_avg_sq,
+                 const Tensors& copies, const Tensors& telemetry, string_view kind, const std::vector<int64_t>& dims,
+                 const std::vector<double>& numbers, const std::vector<std::optional<Tensor>>& number_tensors,
+                 bool decoupled, bool maximize, string_view retraction, const std::optional<Tensor>& grad_scale,
+                 const std::optional<Tensor>& found_inf) {
+  op::polar_adam_(weights, grads, radius, norm, exp_avg, exp_avg_sq, max_exp_avg_sq, radius_exp_avg, radius_exp_avg_sq,
+                  radius_max_exp_avg_sq, copies, telemetry, kind, dims, numbers, as_list(number_tensors), decoupled,
+                  maximize, retraction, grad_scale, found_inf);
+}
+
 // What this build was made with; WN_BUILD_* come from setup.py.
 py::dict build_info() {
   py::dict info;
@@ -55,6 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "project_", op::project_);
   define(m, "normalize_", op::normalize_);
   define(m, "polar_sgd_", polar_sgd_);
+  define(m, "polar_adam_", polar_adam_);
   m.attr("build_info") = build_info();
 }
 

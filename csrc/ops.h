@@ -60,6 +60,14 @@ void polar_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList rad
                 const c10::List<std::optional<at::Tensor>>& number_tensors, bool nesterov, bool maximize,
                 string_view retraction, const std::optional<at::Tensor>& grad_scale,
                 const std::optional<at::Tensor>& found_inf);
+// The last four numbers are beta1, beta2, eps and the count of steps.
+void polar_adam_(at::TensorList weights, at::TensorList grads, at::TensorList radius, at::TensorList norm,
+                 at::TensorList exp_avg, at::TensorList exp_avg_sq, at::TensorList max_exp_avg_sq,
+                 at::TensorList radius_exp_avg, at::TensorList radius_exp_avg_sq, at::TensorList radius_max_exp_avg_sq,
+                 at::TensorList copies, at::TensorList telemetry, string_view kind, at::IntArrayRef dims,
+                 at::ArrayRef<double> numbers, const c10::List<std::optional<at::Tensor>>& number_tensors,
+                 bool decoupled, bool maximize, string_view retraction, const std::optional<at::Tensor>& grad_scale,
+                 const std::optional<at::Tensor>& found_inf);
 }  // namespace op
 
 // The same mathematics in at:: operations: differentiable to any order, in any mode and transform.

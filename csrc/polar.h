@@ -13,7 +13,7 @@
 //   4. `finish` stores the row's results, once per row.
 // A formula with `residuals` asks for a second reduction over the row, before `solve`: `prepare` turns the Gram matrix
 // into `coefficients` numbers and says whether the sums are needed, `residual` are the terms of the sums, and `solve`
-// gets the sums, or null where `prepare` could do without.
+// gets the sums, or null where `prepare` could do without, and finds in c what `prepare` left there.
 // A row whose Gram matrix or coefficients leave the range of the accumulator A is solved again in double with
 // x_i scaled by 2^-e_i to a largest magnitude in [1, 2); elsewhere all e_i are 0. So `solve` never under- or overflows
 // before its result does.

@@ -26,6 +26,7 @@ struct PolarRow {
   RowValues lr, radius_lr, weight_decay, radius_weight_decay;
   double edit_tolerance;      // |w| and |s| differ by more, relatively: somebody else has written w
   double edit_floor;          // and by more than this, which rounding of subnormal numbers may do
+  bool one_column;            // a row of one element has no tangent: G - p t is 0, whatever rounding leaves of it
   double* radius;             // [R] r
   double* norm;               // [R] n
   double* telemetry;          // [R, 5] or null: s, n, p, |G - p t|, angular update
@@ -35,6 +36,7 @@ struct PolarRow {
     double length;  // |w|, 0 where the row has lost its direction
     double sign;    // w = sign * |w| * t
     double r, s, n;
+    double k;             // s/n, the factor from G - p t to dv
     double G_scale;       // the true gradient is G_scale times the G that was read
     double p;             // <true gradient, t>
     double G_perp_square; // |G - p t|^2 of the G that was read over 2^(2 e_1), subject to cancellation
@@ -54,6 +56,7 @@ struct PolarRow {
       x.s = x.sign * x.length;
       x.r = kind == Kind::ewn ? ::log(x.length) : x.s;
     }
+    x.k = one_column ? 0 : x.s / x.n;
     x.G_scale = gradient_sign / grad_scale.at<double>(row);
     const double along = root > 0 ? gram[1] / root : 0;
     x.p = x.G_scale * x.sign * shifted(along, e[1]);
@@ -102,7 +105,6 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
   struct Update {
     double mu, weight;   // m' = mu m + weight dv
     double factor;       // of dv in d
-    double k;            // s/n
     double A, B, C;
     double q;            // <m, t>
     double d_along;
@@ -122,9 +124,8 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       u.q = root > 0 ? x.sign * shifted(gram[3] / root, e[2]) : 0;
     }
     const double decay = rows.weight_decay.at<double>(row) * x.n;
-    u.k = x.s / x.n;
-    u.A = u.factor * (decay - u.k * x.p);
-    u.B = u.factor * u.k * x.G_scale;
+    u.A = u.factor * (decay - x.k * x.p);
+    u.B = u.factor * x.k * x.G_scale;
     u.d_along = u.factor * decay + u.C * u.q;
     const double b = shifted(u.B, e[1]);
     u.d_perp_square = b * b * x.G_perp_square;
@@ -196,7 +197,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     double of_t = x.n - lr * u.A, of_G = -lr * u.B, of_m = -lr * u.C;
     double scale = n > 0 ? s / n : 0;
     if (rows.retraction == Retraction::geodesic) {
-      const double perp = ::fabs(x.G_scale) * G_perp, rate = lr * u.k / x.n;
+      const double perp = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n;
       angle = rate * perp;
       const double sine = perp > 0 ? ::sin(angle) / perp : rate;
       of_t = ::cos(angle) + sine * x.p;
@@ -211,8 +212,8 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     if constexpr (with_momentum) {
       c[2] = static_cast<A>(finite(shifted(scale * of_m, e[2])));
       const double decay = rows.weight_decay.at<double>(row) * x.n;
-      c[3] = static_cast<A>(finite(shifted(u.weight * (decay - u.k * x.p) * unit_w, e[0])));
-      c[4] = static_cast<A>(finite(shifted(u.weight * u.k * x.G_scale, e[1])));
+      c[3] = static_cast<A>(finite(shifted(u.weight * (decay - x.k * x.p) * unit_w, e[0])));
+      c[4] = static_cast<A>(finite(shifted(u.weight * x.k * x.G_scale, e[1])));
       c[5] = static_cast<A>(shifted(u.mu, e[2]));
     }
     rows.report(x, r, s, n, G_perp, angle, result);
@@ -235,6 +236,112 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
   WN_INLINE void finish(int64_t row, const double* result) const {
     rows.store(row, result);
     if constexpr (with_momentum) radius_momentum[row] = result[PolarRow::results];
+  }
+};
+
+// x_0 = w, x_1 = G, x_2, x_3 = the averages of dv and dv^2, with amsgrad x_4 = the largest of the latter;
+// y_0 = w', then the averages again, with a copy y_last = w' again, rounded. The update of v is element by element, so
+// its length is known only after a second reduction.
+template <bool amsgrad, bool with_copy> struct PolarAdam {
+  static constexpr int inputs = 4 + amsgrad, gram_inputs = 2, outputs = 3 + amsgrad + with_copy;
+  static constexpr int coefficients = 11, residuals = 3, results = PolarRow::results + 3;
+  PolarRow rows;
+  bool decoupled;  // decay of v and r themselves (AdamW), not of their gradients (Adam)
+  RowValues beta1, beta2, eps;
+  double correction1, correction2_root;  // 1 - beta1^step, sqrt(1 - beta2^step)
+  double *radius_average, *radius_square, *radius_largest;  // [R], the last with amsgrad
+
+  enum : int { kW, kG, kAlong, kOneMinusBeta1, kBeta2, kOneMinusBeta2, kCorrection, kEps, kDecayed, kRate, kScale };
+
+  // The averages after the step, and U, the direction that Adam subtracts from v.
+  template <class A> struct Moments { A average, square, largest, U; };
+  template <class A> static WN_INLINE Moments<A> moments(const A* c, const A* x) {
+    Moments<A> m;
+    const A dv = c[kW] * x[0] + c[kG] * x[1];
+    m.average = x[2] + c[kOneMinusBeta1] * (dv - x[2]);
+    m.square = c[kBeta2] * x[3] + c[kOneMinusBeta2] * dv * dv;
+    m.largest = m.square;
+    if constexpr (amsgrad) m.largest = x[4] > m.square ? x[4] : m.square;
+    m.U = m.average / (square_root(m.largest) * c[kCorrection] + c[kEps]);
+    return m;
+  }
+
+  // Terms: |U|^2, <U, w>, and the square of G without its part along w.
+  template <class A> WN_INLINE bool prepare(int64_t row, const A* gram, const int* e, A* c) const {
+    const PolarRow::State x = rows.before(row, gram, e);
+    const bool lost = x.length == 0;
+    const double unit_w = lost ? 0 : x.sign / x.length, decay = rows.weight_decay.at<double>(row);
+    const double b1 = beta1.at<double>(row), b2 = beta2.at<double>(row), lr = rows.lr.at<double>(row);
+    c[kW] = static_cast<A>(lost ? 0 : finite(shifted(((decoupled ? 0 : decay * x.n) - x.k * x.p) * unit_w, e[0])));
+    c[kG] = static_cast<A>(lost ? 0 : finite(shifted(x.k * x.G_scale, e[1])));
+    c[kAlong] = lost ? A(0) : gram[1] / gram[0];
+    c[kOneMinusBeta1] = static_cast<A>(lost ? 0 : 1 - b1);
+    c[kBeta2] = static_cast<A>(lost ? 1 : b2);
+    c[kOneMinusBeta2] = static_cast<A>(lost ? 0 : 1 - b2);
+    c[kCorrection] = static_cast<A>(1 / correction2_root);
+    c[kEps] = static_cast<A>(eps.at<double>(row));
+    c[kDecayed] = static_cast<A>(finite(shifted(x.n * (decoupled ? 1 - lr * decay : 1) * unit_w, e[0])));
+    c[kRate] = static_cast<A>(lr / correction1);
+    c[kScale] = A(0);
+    return !lost;
+  }
+  template <class A> static WN_INLINE void residual(const A* c, const A* x, A* term) {
+    const A U = moments(c, x).U, g = x[1] - c[kAlong] * x[0];
+    term[0] = U * U;
+    term[1] = U * x[0];
+    term[2] = g * g;
+  }
+
+  template <class A>
+  WN_INLINE void solve(int64_t row, const A* gram, const int* e, const A* sums, A* c, double* result) const {
+    const PolarRow::State x = rows.before(row, gram, e);
+    double average = radius_average[row], square = radius_square[row], largest = 0;
+    if constexpr (amsgrad) largest = radius_largest[row];
+    double r = x.r, s = 0, n = x.n, G_perp = 0, angle = 0;
+    if (sums != nullptr) {
+      const double lr = rows.lr.at<double>(row), rate = lr / correction1, decay = rows.weight_decay.at<double>(row);
+      if (rows.kind != Kind::unit) {
+        const double radius_lr = rows.radius_lr.at<double>(row), r_decay = rows.radius_weight_decay.at<double>(row);
+        const double dr = (rows.kind == Kind::ewn ? x.s * x.p : x.p) + (decoupled ? 0 : r_decay * r);
+        const double b2 = beta2.at<double>(row);
+        average += (1 - beta1.at<double>(row)) * (dr - average);
+        square = b2 * square + (1 - b2) * dr * dr;
+        largest = ::fmax(largest, square);
+        if (decoupled) r *= 1 - radius_lr * r_decay;
+        r -= radius_lr / correction1 * average /
+             (::sqrt(amsgrad ? largest : square) / correction2_root + eps.at<double>(row));
+      }
+      s = rows.signed_length(r);
+      const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));
+      const double U_perp = ::sqrt(::fmax(0.0, static_cast<double>(sums[0]) - U_along * U_along));
+      const double along = x.n * (decoupled ? 1 - lr * decay : 1) - rate * U_along;
+      n = ::hypot(along, rate * U_perp);
+      angle = ::atan2(rate * U_perp, along);
+      G_perp = shifted(::sqrt(static_cast<double>(sums[2])), e[1]);
+      c[kScale] = static_cast<A>(n > 0 ? finite(s / n) : 0);
+      if (rows.retraction == Retraction::renormalize) n = x.n;
+    }
+    rows.report(x, r, s, n, G_perp, angle, result);
+    result[PolarRow::results] = average;
+    result[PolarRow::results + 1] = square;
+    result[PolarRow::results + 2] = largest;
+  }
+  template <class A> WN_INLINE bool exact(const A* c) const {
+    return full_precision(c[kW]) && full_precision(c[kG]) && full_precision(c[kDecayed]) && full_precision(c[kScale]);
+  }
+  template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) {
+    const Moments<A> m = moments(c, x);
+    y[0] = c[kScale] * (c[kDecayed] * x[0] - c[kRate] * m.U);
+    y[1] = m.average;
+    y[2] = m.square;
+    if constexpr (amsgrad) y[3] = m.largest;
+    if constexpr (with_copy) y[outputs - 1] = y[0];
+  }
+  WN_INLINE void finish(int64_t row, const double* result) const {
+    rows.store(row, result);
+    radius_average[row] = result[PolarRow::results];
+    radius_square[row] = result[PolarRow::results + 1];
+    if constexpr (amsgrad) radius_largest[row] = result[PolarRow::results + 2];
   }
 };
 

@@ -60,14 +60,20 @@ struct Numbers {
   }
 };
 
-enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kMomentum, kGradientWeight, kNumbers };
+enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay };              // of every step
+enum : size_t { kMomentum = 4, kGradientWeight, kSgdNumbers };
+enum : size_t { kBeta1 = 4, kBeta2, kEps, kStep, kAdamNumbers };
 
+// The lists of a call. `state` and `row_state` differ by optimizer; each holds lists with one tensor per weight.
 struct Arguments {
-  TensorList weights, grads, radius, norm, momentum_buffers, radius_momentum, copies, telemetry;
+  TensorList weights, grads, radius, norm, copies, telemetry;
+  std::vector<std::pair<const char*, TensorList>> state, row_state;
+  at::IntArrayRef dims;
+  Numbers numbers;
 };
 
 PolarRow row_of(size_t i, const Arguments& a, const Layout& layout, Kind kind, Retraction retraction, bool maximize,
-                const Numbers& numbers, const std::optional<Tensor>& grad_scale) {
+                const std::optional<Tensor>& grad_scale) {
   const bool f64 = a.weights[i].scalar_type() == at::kDouble;
   PolarRow row;
   row.kind = kind;
@@ -78,17 +84,34 @@ PolarRow row_of(size_t i, const Arguments& a, const Layout& layout, Kind kind, R
     row.grad_scale = values_of(*grad_scale);
     row.grad_scale.stride = 0;
   }
-  row.lr = numbers.at(kLr, layout, "lr");
-  row.radius_lr = numbers.at(kRadiusLr, layout, "radius_lr");
-  row.weight_decay = numbers.at(kWeightDecay, layout, "weight_decay");
-  row.radius_weight_decay = numbers.at(kRadiusWeightDecay, layout, "radius_weight_decay");
+  row.lr = a.numbers.at(kLr, layout, "lr");
+  row.radius_lr = a.numbers.at(kRadiusLr, layout, "radius_lr");
+  row.weight_decay = a.numbers.at(kWeightDecay, layout, "weight_decay");
+  row.radius_weight_decay = a.numbers.at(kRadiusWeightDecay, layout, "radius_weight_decay");
   // Rounding moves the norm of a row by a few units in the last place; an edit that small changes nothing either.
   row.edit_tolerance = f64 ? 1e-12 : 1e-5;
   row.edit_floor = f64 ? limits<double>::smallest_normal : limits<float>::smallest_normal;
+  row.one_column = layout.row_length() == 1;
   row.radius = a.radius[i].mutable_data_ptr<double>();
   row.norm = a.norm[i].mutable_data_ptr<double>();
   row.telemetry = a.telemetry.empty() ? nullptr : a.telemetry[i].mutable_data_ptr<double>();
   return row;
+}
+
+void check_counts(const Arguments& a, size_t numbers) {
+  const size_t count = a.weights.size();
+  check_count("grads", a.grads.size(), count, false);
+  check_count("radius", a.radius.size(), count, false);
+  check_count("norm", a.norm.size(), count, false);
+  check_count("dims", a.dims.size(), count, false);
+  for (const auto& [name, list] : a.state) check_count(name, list.size(), count, false);
+  for (const auto& [name, list] : a.row_state) check_count(name, list.size(), count, false);
+  check_count("copies", a.copies.size(), count, true);
+  check_count("telemetry", a.telemetry.size(), count, true);
+  const size_t tensors = a.numbers.tensors.size();
+  TORCH_CHECK_VALUE(a.numbers.values.size() == numbers && (tensors == 0 || tensors == numbers), "numbers must have ",
+                    numbers, " entries, and number_tensors as many or none; got ", a.numbers.values.size(), " and ",
+                    tensors);
 }
 
 void check(const Arguments& a, size_t i, const Layout& layout) {
@@ -106,12 +129,12 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
                    "16-bit dtype; got grad ", a.grads[i].scalar_type(), " for ", w.scalar_type());
   check_row_state("radius", a.radius[i], w, layout);
   check_row_state("norm", a.norm[i], w, layout);
-  if (!a.momentum_buffers.empty()) {
-    check_like_weight("momentum_buffers", a.momentum_buffers[i], w);
-    TORCH_CHECK_TYPE(a.momentum_buffers[i].scalar_type() == w.scalar_type(), "momentum_buffers must have the weight's "
-                     "dtype ", w.scalar_type(), ", got ", a.momentum_buffers[i].scalar_type());
-    check_row_state("radius_momentum", a.radius_momentum[i], w, layout);
+  for (const auto& [name, list] : a.state) {
+    check_like_weight(name, list[i], w);
+    TORCH_CHECK_TYPE(list[i].scalar_type() == w.scalar_type(), name, " must have the weight's dtype ", w.scalar_type(),
+                     ", got ", list[i].scalar_type());
   }
+  for (const auto& [name, list] : a.row_state) check_row_state(name, list[i], w, layout);
   if (!a.copies.empty()) check_like_weight("copies", a.copies[i], w);
   if (!a.telemetry.empty()) check_row_state("telemetry", a.telemetry[i], w, layout, 5);
   const auto same_types = [&](const Tensor& t, const Tensor& first) { return t.scalar_type() == first.scalar_type(); };
@@ -119,71 +142,121 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
                    "weights of one call must share a dtype, and so must grads");
 }
 
-template <bool momentum, bool copy>
-void run_sgd(const Arguments& a, const std::vector<Layout>& layouts, const std::vector<PolarRow>& rows,
-             const Numbers& numbers, bool nesterov) {
-  std::vector<Problem<PolarSgd<momentum, copy>>> problems;
-  std::vector<Tensor> grads;  // kept alive until the kernels are done
-  for (size_t i = 0; i < a.weights.size(); ++i) {
-    if (layouts[i].rows == 0) continue;
-    grads.push_back(in_layout_of(a.grads[i], a.weights[i]));
-    PolarSgd<momentum, copy> formula;
-    formula.rows = rows[i];
-    formula.nesterov = nesterov;
-    formula.radius_momentum = nullptr;
-    std::vector<const Tensor*> in{&a.weights[i], &grads.back()}, out{&a.weights[i]};
-    if constexpr (momentum) {
-      formula.momentum = numbers.at(kMomentum, layouts[i], "momentum");
-      formula.gradient_weight = numbers.at(kGradientWeight, layouts[i], "gradient_weight");
-      formula.radius_momentum = a.radius_momentum[i].mutable_data_ptr<double>();
-      in.push_back(&a.momentum_buffers[i]);
-      out.push_back(&a.momentum_buffers[i]);
+// Construction checks everything; `run` then builds one problem per weight, completed by fill(formula, i, layout), and
+// runs them.
+struct Call {
+  const Arguments& a;
+  std::vector<Layout> layouts;
+  std::vector<PolarRow> rows;
+
+  Call(const Arguments& arguments, string_view kind, Retraction retraction, bool maximize,
+       const std::optional<Tensor>& grad_scale)
+      : a(arguments) {
+    const Kind k = parse_step_kind(kind);
+    for (size_t i = 0; i < a.weights.size(); ++i) {
+      layouts.push_back(layout_of(a.weights[i], wrap_dim(a.weights[i], a.dims[i] < 0 ? Dim() : Dim(a.dims[i]))));
+      check(a, i, layouts[i]);
+      rows.push_back(row_of(i, a, layouts[i], k, retraction, maximize, grad_scale));
     }
-    if constexpr (copy) out.push_back(&a.copies[i]);
-    problems.push_back(problem_of(formula, layouts[i], in, out));
   }
-  if (!problems.empty()) cpu::run(problems);
-}
+
+  template <class Formula, class F> void run(F&& fill) const {
+    std::vector<Problem<Formula>> problems;
+    std::vector<Tensor> grads(a.weights.size());  // kept until the kernels are done
+    for (size_t i = 0; i < a.weights.size(); ++i) {
+      if (layouts[i].rows == 0) continue;
+      grads[i] = in_layout_of(a.grads[i], a.weights[i]);
+      Formula formula{};
+      formula.rows = rows[i];
+      fill(formula, i, layouts[i]);
+      c10::SmallVector<const Tensor*, 6> in{&a.weights[i], &grads[i]}, out{&a.weights[i]};
+      for (const auto& [name, list] : a.state) {
+        in.push_back(&list[i]);
+        out.push_back(&list[i]);
+      }
+      if (!a.copies.empty()) out.push_back(&a.copies[i]);
+      problems.push_back(problem_of(formula, layouts[i], in, out));
+    }
+    if (!problems.empty()) cpu::run(problems);
+    const auto written = [](TensorList list) {
+      for (const Tensor& t : list) t.unsafeGetTensorImpl()->bump_version();
+    };
+    for (const auto& lists : {a.state, a.row_state})
+      for (const auto& [name, list] : lists) written(list);
+    for (const TensorList list : {a.weights, a.radius, a.norm, a.copies, a.telemetry}) written(list);
+  }
+};
+
+bool skipped(const std::optional<Tensor>& found_inf) { return found_inf && found_inf->item<float>() != 0; }
 
 void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList momentum_buffers,
                 TensorList radius_momentum, TensorList copies, TensorList telemetry, string_view kind,
                 at::IntArrayRef dims, at::ArrayRef<double> numbers, const TensorOptions& number_tensors, bool nesterov,
                 bool maximize, string_view retraction, const std::optional<Tensor>& grad_scale,
                 const std::optional<Tensor>& found_inf) {
-  const Arguments a{weights, grads, radius, norm, momentum_buffers, radius_momentum, copies, telemetry};
-  const Kind k = parse_step_kind(kind);
+  Arguments a{weights, grads, radius, norm, copies, telemetry, {}, {}, dims, {numbers, number_tensors}};
+  if (!momentum_buffers.empty() || !radius_momentum.empty()) {
+    a.state = {{"momentum_buffers", momentum_buffers}};
+    a.row_state = {{"radius_momentum", radius_momentum}};
+  }
+  check_counts(a, kSgdNumbers);
   const Retraction r = parse_retraction(retraction);
-  const size_t count = weights.size();
-  check_count("grads", grads.size(), count, false);
-  check_count("radius", radius.size(), count, false);
-  check_count("norm", norm.size(), count, false);
-  check_count("dims", dims.size(), count, false);
-  check_count("momentum_buffers", momentum_buffers.size(), count, true);
-  check_count("radius_momentum", radius_momentum.size(), momentum_buffers.size(), false);
-  check_count("copies", copies.size(), count, true);
-  check_count("telemetry", telemetry.size(), count, true);
-  TORCH_CHECK_VALUE(numbers.size() == kNumbers && (number_tensors.size() == 0 || number_tensors.size() == kNumbers),
-                    "numbers must have ", size_t(kNumbers), " entries, got ", numbers.size());
-  TORCH_CHECK_VALUE(r != Retraction::geodesic || (momentum_buffers.empty() && numbers[kWeightDecay] == 0),
+  TORCH_CHECK_VALUE(r != Retraction::geodesic || (a.state.empty() && numbers[kWeightDecay] == 0),
                     "retraction 'geodesic' keeps the norm and follows one gradient: it goes without momentum and without "
                     "weight_decay");
-  if (count == 0 || weights[0].is_meta()) return;
-  const Numbers n{numbers, number_tensors};
-  std::vector<Layout> layouts;
-  std::vector<PolarRow> rows;
-  for (size_t i = 0; i < count; ++i) {
-    layouts.push_back(layout_of(weights[i], wrap_dim(weights[i], dims[i] < 0 ? Dim() : Dim(dims[i]))));
-    check(a, i, layouts[i]);
-    rows.push_back(row_of(i, a, layouts[i], k, r, maximize, n, grad_scale));
-  }
-  if (found_inf && found_inf->item<float>() != 0) return;
-
-  if (momentum_buffers.empty())
-    copies.empty() ? run_sgd<false, false>(a, layouts, rows, n, nesterov) : run_sgd<false, true>(a, layouts, rows, n, nesterov);
+  if (weights.empty() || weights[0].is_meta()) return;
+  const Call call(a, kind, r, maximize, grad_scale);
+  if (skipped(found_inf)) return;
+  const auto fill = [&](auto& formula, size_t i, const Layout& layout) {
+    formula.nesterov = nesterov;
+    if (a.state.empty()) return;
+    formula.momentum = a.numbers.at(kMomentum, layout, "momentum");
+    formula.gradient_weight = a.numbers.at(kGradientWeight, layout, "gradient_weight");
+    formula.radius_momentum = radius_momentum[i].mutable_data_ptr<double>();
+  };
+  if (a.state.empty())
+    copies.empty() ? call.run<PolarSgd<false, false>>(fill) : call.run<PolarSgd<false, true>>(fill);
   else
-    copies.empty() ? run_sgd<true, false>(a, layouts, rows, n, nesterov) : run_sgd<true, true>(a, layouts, rows, n, nesterov);
-  for (const TensorList list : {weights, momentum_buffers, copies, radius, norm, radius_momentum, telemetry})
-    for (const Tensor& t : list) t.unsafeGetTensorImpl()->bump_version();
+    copies.empty() ? call.run<PolarSgd<true, false>>(fill) : call.run<PolarSgd<true, true>>(fill);
+}
+
+void polar_adam_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList exp_avg,
+                 TensorList exp_avg_sq, TensorList max_exp_avg_sq, TensorList radius_exp_avg,
+                 TensorList radius_exp_avg_sq, TensorList radius_max_exp_avg_sq, TensorList copies, TensorList telemetry,
+                 string_view kind, at::IntArrayRef dims, at::ArrayRef<double> numbers,
+                 const TensorOptions& number_tensors, bool decoupled, bool maximize, string_view retraction,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  Arguments a{weights, grads, radius, norm, copies, telemetry, {}, {}, dims, {numbers, number_tensors}};
+  a.state = {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}};
+  a.row_state = {{"radius_exp_avg", radius_exp_avg}, {"radius_exp_avg_sq", radius_exp_avg_sq}};
+  const bool amsgrad = !max_exp_avg_sq.empty() || !radius_max_exp_avg_sq.empty();
+  if (amsgrad) {
+    a.state.emplace_back("max_exp_avg_sq", max_exp_avg_sq);
+    a.row_state.emplace_back("radius_max_exp_avg_sq", radius_max_exp_avg_sq);
+  }
+  check_counts(a, kAdamNumbers);
+  const Retraction r = parse_retraction(retraction);
+  TORCH_CHECK_VALUE(r != Retraction::geodesic, "retraction 'geodesic' follows one gradient: it does not go with Adam");
+  if (weights.empty() || weights[0].is_meta()) return;
+  const Call call(a, kind, r, maximize, grad_scale);
+  if (skipped(found_inf)) return;
+  const auto number = [&](size_t index, const char* name) { return a.numbers.at(index, Layout{1, 1, 1}, name).at<double>(0); };
+  const double step = number(kStep, "step");
+  const auto fill = [&](auto& formula, size_t i, const Layout& layout) {
+    formula.decoupled = decoupled;
+    formula.beta1 = a.numbers.at(kBeta1, layout, "beta1");
+    formula.beta2 = a.numbers.at(kBeta2, layout, "beta2");
+    formula.eps = a.numbers.at(kEps, layout, "eps");
+    formula.correction1 = 1 - std::pow(number(kBeta1, "beta1"), step);
+    formula.correction2_root = std::sqrt(1 - std::pow(number(kBeta2, "beta2"), step));
+    formula.radius_average = radius_exp_avg[i].mutable_data_ptr<double>();
+    formula.radius_square = radius_exp_avg_sq[i].mutable_data_ptr<double>();
+    formula.radius_largest = amsgrad ? radius_max_exp_avg_sq[i].mutable_data_ptr<double>() : nullptr;
+  };
+  if (amsgrad)
+    copies.empty() ? call.run<PolarAdam<true, false>>(fill) : call.run<PolarAdam<true, true>>(fill);
+  else
+    copies.empty() ? call.run<PolarAdam<false, false>>(fill) : call.run<PolarAdam<false, true>>(fill);
 }
 
 }  // namespace
@@ -193,10 +266,20 @@ TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
         "Tensor(d!)[] momentum_buffers, Tensor(e!)[] radius_momentum, Tensor(f!)[] copies, Tensor(g!)[] telemetry, "
         "str kind, int[] dims, float[] numbers, Tensor?[] number_tensors, bool nesterov, bool maximize, "
         "str retraction, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def("polar_adam_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] radius, Tensor(c!)[] norm, "
+        "Tensor(d!)[] exp_avg, Tensor(e!)[] exp_avg_sq, Tensor(f!)[] max_exp_avg_sq, Tensor(g!)[] radius_exp_avg, "
+        "Tensor(h!)[] radius_exp_avg_sq, Tensor(i!)[] radius_max_exp_avg_sq, Tensor(j!)[] copies, "
+        "Tensor(k!)[] telemetry, str kind, int[] dims, float[] numbers, Tensor?[] number_tensors, bool decoupled, "
+        "bool maximize, str retraction, Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { m.impl("polar_sgd_", TORCH_FN(polar_sgd_)); }
-TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { m.impl("polar_sgd_", TORCH_FN(polar_sgd_)); }
+static void register_steps(torch::Library& m) {
+  m.impl("polar_sgd_", TORCH_FN(polar_sgd_));
+  m.impl("polar_adam_", TORCH_FN(polar_adam_));
+}
+
+TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_steps(m); }
+TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_steps(m); }
 
 namespace op {
 void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList momentum_buffers,
@@ -208,6 +291,18 @@ void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorL
       c10::Dispatcher::singleton().findSchemaOrThrow("wnkernels::polar_sgd_", "").typed<decltype(op::polar_sgd_)>();
   handle.call(weights, grads, radius, norm, momentum_buffers, radius_momentum, copies, telemetry, kind, dims, numbers,
               number_tensors, nesterov, maximize, retraction, grad_scale, found_inf);
+}
+void polar_adam_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList exp_avg,
+                 TensorList exp_avg_sq, TensorList max_exp_avg_sq, TensorList radius_exp_avg,
+                 TensorList radius_exp_avg_sq, TensorList radius_max_exp_avg_sq, TensorList copies, TensorList telemetry,
+                 string_view kind, at::IntArrayRef dims, at::ArrayRef<double> numbers,
+                 const TensorOptions& number_tensors, bool decoupled, bool maximize, string_view retraction,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow("wnkernels::polar_adam_", "").typed<decltype(op::polar_adam_)>();
+  handle.call(weights, grads, radius, norm, exp_avg, exp_avg_sq, max_exp_avg_sq, radius_exp_avg, radius_exp_avg_sq,
+              radius_max_exp_avg_sq, copies, telemetry, kind, dims, numbers, number_tensors, decoupled, maximize,
+              retraction, grad_scale, found_inf);
 }
 }  // namespace op
 }  // namespace wn

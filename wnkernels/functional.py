@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 
 from . import _C
 
-__all__ = ["weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_", "polar_sgd_"]
+__all__ = ["weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_", "polar_sgd_", "polar_adam_"]
 
 # The operators serve where a graph is recorded or an argument overrides torch functions; elsewhere the pybind11
 # functions, which dispatch to the same operators, save more than a microsecond a call.
@@ -199,12 +199,51 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
             has been written then.
     """
     numbers = [lr, radius_lr, weight_decay, radius_weight_decay, momentum, 1.0 if first_step else 1.0 - dampening]
-    arguments = (
+    _step("polar_sgd_", (
         weights, grads, radius, norm, momentum_buffers or [], radius_momentum or [], copies or [], telemetry or [],
-        kind, [-1 if dim is None else dim % w.ndim for dim, w in zip(dims, weights, strict=True)],
-        *_numbers_and_tensors(numbers), nesterov, maximize, retraction, grad_scale, found_inf,
-    )
-    (_ops.polar_sgd_ if _compiling() else _C.polar_sgd_)(*arguments)
+        kind, _front_dims(dims, weights), *_numbers_and_tensors(numbers), nesterov, maximize, retraction, grad_scale,
+        found_inf,
+    ))
+
+
+def polar_adam_(weights, grads, radius, norm, exp_avg, exp_avg_sq, radius_exp_avg, radius_exp_avg_sq,
+                max_exp_avg_sq=None, radius_max_exp_avg_sq=None, *, kind, dims, step, lr, radius_lr,
+                betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, radius_weight_decay=0.0, decoupled=True, maximize=False,
+                retraction="project", grad_scale=None, found_inf=None, copies=None, telemetry=None):
+    """One step of Adam or AdamW on (radius, v), taken on the weights themselves, in place.
+
+    Exactly what ``torch.optim.AdamW`` (``decoupled=True``) or ``torch.optim.Adam`` does to g (α) and v; the rule is
+    ``reference.polar_adam_step``. Arguments that are not below are those of :func:`polar_sgd_`.
+
+    Args:
+        exp_avg, exp_avg_sq, max_exp_avg_sq: the averages of the gradient of v and of its square, and, for amsgrad, the
+            largest of the latter; like the weights. Overwritten.
+        radius_exp_avg, radius_exp_avg_sq, radius_max_exp_avg_sq: the same of the radius, float64 (R,). Overwritten.
+        step: the count of steps with this one, 1 on the first: a number or a tensor of one element.
+        betas, eps: as in ``torch.optim.Adam``; numbers or tensors of one element.
+        retraction: "project" or "renormalize".
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`polar_sgd_`.
+    """
+    numbers = [lr, radius_lr, weight_decay, radius_weight_decay, *betas, eps, step]
+    _step("polar_adam_", (
+        weights, grads, radius, norm, exp_avg, exp_avg_sq, max_exp_avg_sq or [], radius_exp_avg, radius_exp_avg_sq,
+        radius_max_exp_avg_sq or [], copies or [], telemetry or [], kind, _front_dims(dims, weights),
+        *_numbers_and_tensors(numbers), decoupled, maximize, retraction, grad_scale, found_inf,
+    ))
+
+
+def _step(name, arguments):
+    if _compiling():
+        getattr(_ops, name)(*arguments)
+    else:
+        getattr(_C, name)(*arguments)
+
+
+def _front_dims(dims, weights):
+    """Dims counted from the front, and -1 for None."""
+    return [-1 if dim is None else dim if dim >= 0 else dim + w.ndim for dim, w in zip(dims, weights, strict=True)]
 
 
 def _numbers_and_tensors(values):

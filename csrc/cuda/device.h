@@ -97,6 +97,15 @@ template <int bytes> WN_DEVICE void store(void* to, Words x) {
     *static_cast<uint2*>(to) = make_uint2(x.word[0], x.word[1]);
   }
 }
+// The same to global memory; the compiler may take the plain assignment apart.
+template <int bytes> WN_DEVICE void store_global(void* to, Words x) {
+  if constexpr (bytes == 16) {
+    __stwb(static_cast<uint4*>(to), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+  } else {
+    static_assert(bytes == 8, "packs have 8 or 16 bytes");
+    __stwb(static_cast<uint2*>(to), make_uint2(x.word[0], x.word[1]));
+  }
+}
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

@@ -60,6 +60,17 @@ template <int n, class Body> WN_DEVICE void unrolled(Body&& body) {
   unrolled(std::make_integer_sequence<int, n>{}, body);
 }
 
+// Blocks per multiprocessor that the registers of a row kernel leave room for, and packs that a thread loads at once.
+// From sm_100 on the compiler holds more loads at once in registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool hungry = true;
+#else
+constexpr bool hungry = false;
+#endif
+template <class S> constexpr int row_blocks = hungry || sizeof(typename S::Sum) == 8 ? 1 : 2;
+template <class S> constexpr int row_packs = packs_in_flight(S::inputs);
+template <class S> constexpr int column_packs = hungry && S::pack == 8 && S::inputs == 1 ? 2 : packs_in_flight(S::inputs);
+
 struct Plus {
   template <class A> WN_DEVICE A operator()(A a, A b) const { return a + b; }
 };
@@ -107,7 +118,7 @@ template <class T, int pack> WN_DEVICE Words load_pack(const void* tensor, const
 template <class T, int pack>
 WN_DEVICE void store_pack(void* tensor, const Place& place, bool vectors, const Words& words) {
   T* to = static_cast<T*>(tensor) + place.offset;
-  if (vectors && place.lanes == all_lanes<pack>) return store<pack * sizeof(T)>(to, words);
+  if (vectors && place.lanes == all_lanes<pack>) return store_global<pack * sizeof(T)>(to, words);
 #pragma unroll
   for (int e = 0; e < pack; ++e)
     if (place.lanes >> e & 1) to[e * place.stride] = element<T>(words, e);
@@ -178,6 +189,7 @@ WN_DEVICE void combine_pack(const Problem<typename S::Formula>& problem, const P
 // The packs of one row that belong to a thread. Every segment of the row lies on the grid of packs in memory, so that
 // all packs but its first and last are whole and aligned, however the row begins.
 template <int pack> struct RowWalk {
+  template <class S> static constexpr int at_once = row_packs<S>;
   const Layout& layout;
   const Plan& plan;
   int64_t row, segment, next;
@@ -211,6 +223,7 @@ template <int pack> struct RowWalk {
 
 // One pack of a tile of columns, down the outer dimension.
 struct ColumnWalk {
+  template <class S> static constexpr int at_once = column_packs<S>;
   const Layout& layout;
   int64_t column, outer, step;
   unsigned lanes;
@@ -225,22 +238,20 @@ struct ColumnWalk {
 // first() reads every pack of a walk once and shows it to a visitor; again() shows the same packs with their places;
 // look() is again() where it is rare.
 
-template <class S> constexpr int slots = packs_in_flight(S::inputs);  // packs of each input that a thread loads at once
-
 template <class S> struct Registers {
-  Packs<S> held[slots<S>];
+  Packs<S> held[row_packs<S>];
 
   template <class Walk, class Visit>
   WN_DEVICE void first(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) {
 #pragma unroll
-    for (int i = 0; i < slots<S>; ++i, walk.advance()) held[i].load(in, walk.place(), plan.vectors);
+    for (int i = 0; i < row_packs<S>; ++i, walk.advance()) held[i].load(in, walk.place(), plan.vectors);
 #pragma unroll
-    for (int i = 0; i < slots<S>; ++i) visit(held[i]);
+    for (int i = 0; i < row_packs<S>; ++i) visit(held[i]);
   }
   template <class Walk, class Visit>
   WN_DEVICE void again(const Pointers<S::inputs>&, const Plan&, Walk walk, Visit&& visit) const {
 #pragma unroll
-    for (int i = 0; i < slots<S>; ++i, walk.advance()) visit(walk.place(), held[i]);
+    for (int i = 0; i < row_packs<S>; ++i, walk.advance()) visit(walk.place(), held[i]);
   }
   template <class Walk, class Visit>
   WN_DEVICE void look(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) const {
@@ -284,13 +295,14 @@ template <class S> struct Memory {
   }
   template <class Walk, class Visit>
   WN_DEVICE static void stream(const Pointers<S::inputs>& in, const Plan& plan, Walk walk, Visit&& visit) {
+    constexpr int at_once = Walk::template at_once<S>;
     while (walk.more()) {
-      Packs<S> packs[slots<S>];
-      Place place[slots<S>];
+      Packs<S> packs[at_once];
+      Place place[at_once];
 #pragma unroll
-      for (int b = 0; b < slots<S>; ++b, walk.advance()) packs[b].load(in, place[b] = walk.place(), plan.vectors);
+      for (int b = 0; b < at_once; ++b, walk.advance()) packs[b].load(in, place[b] = walk.place(), plan.vectors);
 #pragma unroll
-      for (int b = 0; b < slots<S>; ++b) visit(place[b], packs[b]);
+      for (int b = 0; b < at_once; ++b) visit(place[b], packs[b]);
     }
   }
 };
@@ -337,6 +349,7 @@ struct Team {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       x[i] = peer(total, 0)[i];
+#pragma unroll 1
       for (int b = 1; b < blocks; ++b) x[i] = operation(x[i], peer(total, b)[i]);
     }
     cluster_sync();  // a block may neither overwrite its total nor end before the others have read it
@@ -347,6 +360,7 @@ struct Team {
   WN_DEVICE static void butterfly(A (&x)[n], int size, Operation operation) {
     const unsigned all = ~0u >> (warp - size);
     const unsigned lanes = all << (tid() % warp & ~(size - 1));
+#pragma unroll 1
     for (int distance = size / 2; distance > 0; distance /= 2)
 #pragma unroll
       for (int i = 0; i < n; ++i) x[i] = operation(x[i], shfl_xor(lanes, x[i], distance));
@@ -474,7 +488,7 @@ WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Pl
 }
 
 template <class S, template <class> class Store>
-WN_KERNEL(most_threads, 2)
+WN_KERNEL(most_threads, row_blocks<S>)
 row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan) {
   const int teams = block_threads() / plan.width;
   const int64_t row = plan.first + int64_t(bid() / plan.pieces) * teams + tid() / plan.width;
@@ -510,7 +524,7 @@ template <int inputs> struct Source {
 };
 
 template <class R>
-WN_KERNEL(most_threads, 2)
+WN_KERNEL(most_threads, row_blocks<R>)
 row_partial_kernel(WN_PARAMETER Source<R::inputs> source, WN_PARAMETER Plan plan, Partial<R>* to) {
   const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
   const Team team(plan);
@@ -552,7 +566,7 @@ solve_kernel(WN_PARAMETER Problem<F> problem, WN_PARAMETER Plan plan, void* memo
 }
 
 template <class S>
-WN_KERNEL(most_threads, 2)
+WN_KERNEL(most_threads, row_blocks<S>)
 row_combine_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan plan, void* memory) {
   const WorkspaceOf<S> workspace(memory, problem.layout);
   const int row = bid() / plan.pieces, piece = bid() % plan.pieces;
@@ -614,6 +628,7 @@ template <class S> struct Tile {
     for (int i = 0; i < n; ++i) {
 #pragma unroll
       for (int e = 0; e < S::pack; ++e) {
+#pragma unroll 1  // these loops cost registers when they are unrolled
         for (int distance = warp / 2; distance >= plan.tile_threads; distance /= 2)
           x[i][e] = operation(x[i][e], shfl_xor(~0u, x[i][e], distance));
         if (tid() % warp < plan.tile_threads) partial[tid() / warp * width + column(e)] = x[i][e];

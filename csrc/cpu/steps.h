@@ -1,0 +1,35 @@
+// The instantiations of a step: gradient and weight share a type, or a 16-bit parameter has a float32 master copy.
+#pragma once
+
+#include "engine.h"
+
+namespace wn::cpu {
+namespace {
+
+// A step has inputs of its state behind w and G, of the weight's type, and writes them behind w'.
+template <class Formula, class W, class G, class... State, class... Copy>
+void run_steps(const std::vector<Problem<Formula>>& problems, Types<State...>, Types<Copy...>) {
+  run_typed<Formula, Types<W, G, State...>, Types<W, State..., Copy...>>(problems);
+}
+
+template <class W, int count> struct Repeated;
+template <class W> struct Repeated<W, 0> { using type = Types<>; };
+template <class W> struct Repeated<W, 1> { using type = Types<W>; };
+template <class W> struct Repeated<W, 2> { using type = Types<W, W>; };
+template <class W> struct Repeated<W, 3> { using type = Types<W, W, W>; };
+template <class Formula, class W> using State = typename Repeated<W, Formula::inputs - 2>::type;
+
+template <class Formula> void run_plain(const std::vector<Problem<Formula>>& problems) {
+  if (problems.front().in_type[0] == DType::f64)
+    return run_steps<Formula, double, double>(problems, State<Formula, double>{}, Types<>{});
+  run_steps<Formula, float, float>(problems, State<Formula, float>{}, Types<>{});
+}
+
+template <class Formula> void run_master(const std::vector<Problem<Formula>>& problems) {
+  if (problems.front().in_type[1] == DType::bf16)
+    return run_steps<Formula, float, bf16>(problems, State<Formula, float>{}, Types<bf16>{});
+  run_steps<Formula, float, f16>(problems, State<Formula, float>{}, Types<f16>{});
+}
+
+}  // namespace
+}  // namespace wn::cpu
