@@ -68,6 +68,8 @@ template <int bytes> void store(void* to, const Words& words) {
   std::memcpy(to, &words, bytes);
 }
 
+template <int bytes> void store_global(void* to, const Words& words) { store<bytes>(to, words); }
+
 const Device& current_device();
 
 template <class... Parameter, class... Argument>
