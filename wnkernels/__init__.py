@@ -12,7 +12,7 @@ except ImportError as error:
         f"({torch.__version__}): run `pip install --no-build-isolation .` in the source tree."
     ) from error
 
-from . import functional, nn, parametrize, reference  # noqa: E402
+from . import functional, nn, optim, parametrize, reference  # noqa: E402
 from .parametrize import convert, fold, unfold, weight_norm  # noqa: E402
 
-__all__ = ["convert", "fold", "functional", "nn", "parametrize", "reference", "unfold", "weight_norm"]
+__all__ = ["convert", "fold", "functional", "nn", "optim", "parametrize", "reference", "unfold", "weight_norm"]

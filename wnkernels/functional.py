@@ -235,6 +235,10 @@ def polar_adam_(weights, grads, radius, norm, exp_avg, exp_avg_sq, radius_exp_av
 
 
 def _step(name, arguments):
+    weights = arguments[0]
+    if len(weights) and weights[0].device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"{name}: weights must be on the CPU, the only device with kernels of this step so far; "
+                                  f"got {weights[0].device}")
     if _compiling():
         getattr(_ops, name)(*arguments)
     else:
