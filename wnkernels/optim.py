@@ -383,7 +383,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------------------- state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's. Radii, |v|, master copies and the buffers of weights keep their dtypes, and are copied.
+        """As torch's, but nothing is shared with `state_dict`, and radii, |v| and master copies keep their dtypes.
 
         Raises: what torch's does; ValueError for the state of another optimizer.
         """
@@ -391,12 +391,10 @@ class _PolarOptimizer(torch.optim.Optimizer):
             raise ValueError("state_dict must come from a polar optimizer; use from_parametrized to start from torch's")
 
         def keep(_, loaded):
-            state = {
-                key: {name: _Kept(x) if isinstance(x, Tensor) else x for name, x in values.items()}
-                if "radius" in values
-                else values
-                for key, values in loaded["state"].items()
-            }
+            state = {}
+            for key, values in loaded["state"].items():
+                own = _Kept if "radius" in values else Tensor.clone
+                state[key] = {name: own(x) if isinstance(x, Tensor) else x for name, x in values.items()}
             return {**loaded, "state": state}
 
         handle = self.register_load_state_dict_pre_hook(keep)  # after the user's hooks
