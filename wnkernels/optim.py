@@ -352,7 +352,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         if bucket.first:
             for i, state in enumerate(bucket.states):
                 state.update({name: tensors[i] for name, tensors in bucket.buffers.items()})
-            del self._plans[number]  # what has stepped once can go with what has stepped before
+            self._plans.pop(number, None)  # what has stepped once can go with what has stepped before
 
     def _scaling(self, device: torch.device) -> list[Tensor | None]:
         """grad_scale and found_inf, where GradScaler has set them."""
