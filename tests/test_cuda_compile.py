@@ -36,8 +36,8 @@ def compiled(source, folder):
     """What ptxas says of every kernel and function, once per architecture, and the PTX for sm_90."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     threads = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-    messages = nvcc(*codes, f"--threads={threads}", "-Xptxas", "-v", "--keep", f"--keep-dir={folder}", "-c", source, "-o",
-                    folder / f"{source.stem}.o")
+    messages = nvcc(*codes, f"--threads={threads}", "-Xptxas", "-v", "--keep", f"--keep-dir={folder}", "-c", source,
+                    "-o", folder / f"{source.stem}.o")
     [ptx] = folder.glob(f"{source.stem}*compute_90*.ptx")
     return messages, ptx.read_text()
 
@@ -64,8 +64,9 @@ def test_no_spills(source, folder):
 
 def kernel_text(ptx, name, types):
     """The PTX of the kernel that is called `name` and instantiated for `types` (a regular expression)."""
-    entries = [entry for entry in re.split(r"(?=\.entry )", demangled(ptx))[1:] if "ret;" in entry]  # no declarations
-    found = [entry for entry in entries if re.match(rf"\.entry void wn::cuda::{name}<.*{types}", entry.split("\n", 1)[0])]
+    title = re.compile(rf"\.entry void wn::cuda::{name}<.*{types}")
+    entries = re.split(r"(?=\.entry )", demangled(ptx))[1:]
+    found = [entry for entry in entries if title.match(entry.split("\n", 1)[0]) and "ret;" in entry]
     assert len(found) == 1, f"{len(found)} kernels {name} of {types}"
     return found[0]
 

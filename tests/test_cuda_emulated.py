@@ -187,8 +187,8 @@ def is_path(with_outputs, without_outputs, **numbers):
 
 # ---- every path, every dtype pair ------------------------------------------------------------------------------------
 
-# A device (multiprocessors, capability, shared memory), a layout for `pack` elements per 16 bytes, and the paths with and
-# without outputs that they force.
+# A device (multiprocessors, capability, shared memory), a layout for `pack` elements per 16 bytes, and the paths with
+# and without outputs that they force.
 BIG, SMALL, TINY = 227 << 10, 163 << 10, 12 << 10
 PATHS = {
     "short": ((4, 90, BIG), lambda pack: (1, 7, 9 * pack + 1), "rows, registers", "rows, streamed"),
@@ -339,7 +339,8 @@ def scaled_rows(tensor, exponents):
 def test_huge_tiny_and_zero_rows(emulator, name, dtype):
     layout, _ = prepare(emulator, name, dtype)
     far = 30 if dtype == f32 else 300
-    for v_exponents, g_exponents in [([far, 0, -far, None, far], [0, far, 0, 0, -far]), ([None, -far], [-far, far, None])]:
+    for v_exponents, g_exponents in [([far, 0, -far, None, far], [0, far, 0, 0, -far]),
+                                     ([None, -far], [-far, far, None])]:
         v, gradient, radius = random_problem(layout, dtype, dtype, "swn")
         scaled_rows(v.tensor, v_exponents)
         scaled_rows(gradient.tensor, g_exponents)

@@ -15,7 +15,7 @@ struct alignas(16) Words {
 // What the choice of a path depends on.
 struct Device {
   int multiprocessors;
-  int capability;        // 10 * major + minor
+  int capability;        // 10 * major + minor, of the GPU or of the code that it runs, whichever is less
   int64_t shared_bytes;  // that one block can have
   int64_t blocks;        // that one grid can have
 };
@@ -116,38 +116,39 @@ inline void check(cudaError_t error, const char* what) {
       throw std::runtime_error(prefix + "no NVIDIA GPU with a driver for CUDA " +
                                std::to_string(CUDART_VERSION / 1000) + " or newer was found");
     case cudaErrorNoKernelImageForDevice:
-      throw std::runtime_error(prefix + "not built for this GPU's architecture; rebuild with it in TORCH_CUDA_ARCH_LIST");
+      throw std::runtime_error(prefix + "not built for this GPU; rebuild with it in TORCH_CUDA_ARCH_LIST");
     default: throw std::runtime_error(prefix + cudaGetErrorString(error));
   }
 }
 
-inline std::vector<Device> query_devices() {
-  int count = 0;
-  check(cudaGetDeviceCount(&count), "looking for GPUs");
-  std::vector<Device> devices;
-  for (int i = 0; i < count; ++i) {
-    const auto attribute = [i](cudaDeviceAttr which) {
-      int value = 0;
-      check(cudaDeviceGetAttribute(&value, which, i), "asking for a GPU's properties");
-      return value;
-    };
-    devices.push_back({attribute(cudaDevAttrMultiProcessorCount),
-                       10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                           attribute(cudaDevAttrComputeCapabilityMinor),
-                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrMaxGridDimX)});
-  }
-  return devices;
+template <int> __global__ void probe() {}
+
+inline Device query_device(int index) {
+  const auto attribute = [index](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index), "asking for a GPU's properties");
+    return value;
+  };
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, probe<0>), "looking for the kernels of a GPU");
+  return {attribute(cudaDevAttrMultiProcessorCount), capability < code.ptxVersion ? capability : code.ptxVersion,
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrMaxGridDimX)};
 }
 
 inline const Device& current_device() {
-  static const std::vector<Device> devices = query_devices();
+  thread_local std::vector<Device> known;
   int current = 0;
   check(cudaGetDevice(&current), "asking for the current GPU");
-  return devices[current];
+  if (static_cast<int>(known.size()) <= current) known.resize(current + 1);
+  if (known[current].multiprocessors == 0) known[current] = query_device(current);
+  return known[current];
 }
 
 template <class... Parameter, class... Argument>
-void launch(const char* what, const Shape& shape, void* stream, void (*kernel)(Parameter...), const Argument&... argument) {
+void launch(const char* what, const Shape& shape, void* stream, void (*kernel)(Parameter...),
+            const Argument&... argument) {
   constexpr int64_t shared_without_asking = 48 << 10;
   if (shape.shared_bytes > shared_without_asking)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -8,11 +8,13 @@
 // Reductions are fixed trees without atomics, so results do not depend on timing.
 //
 // A row that left the range of its accumulator is solved again in double, from memory and before anything of it is
-// overwritten. That is rare: its functions are not inlined, take no registers from the main path, and look up the types
-// of the elements at run time, so that there is one of them per formula.
+// overwritten. That is rare: its function, redo_row, is not inlined, takes no registers from the main path, and looks
+// up the types of the elements at run time, so that there is one per formula.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "device.h"
 #include "dispatch.h"
@@ -60,8 +62,8 @@ template <int n, class Body> WN_DEVICE void unrolled(Body&& body) {
   unrolled(std::make_integer_sequence<int, n>{}, body);
 }
 
-// Blocks per multiprocessor that the registers of a row kernel leave room for, and packs that a thread loads at once.
-// From sm_100 on the compiler holds more loads at once in registers.
+// Blocks per multiprocessor that the registers of a row kernel leave room for, and packs that a thread loads at once:
+// such that nothing is spilled. From sm_100 on the compiler keeps more loads in flight, in registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool hungry = true;
 #else
@@ -69,7 +71,8 @@ constexpr bool hungry = false;
 #endif
 template <class S> constexpr int row_blocks = hungry || sizeof(typename S::Sum) == 8 ? 1 : 2;
 template <class S> constexpr int row_packs = packs_in_flight(S::inputs);
-template <class S> constexpr int column_packs = hungry && S::pack == 8 && S::inputs == 1 ? 2 : packs_in_flight(S::inputs);
+template <class S>
+constexpr int column_packs = hungry && S::pack == 8 && S::inputs == 1 ? 2 : packs_in_flight(S::inputs);
 
 struct Plus {
   template <class A> WN_DEVICE A operator()(A a, A b) const { return a + b; }
@@ -439,7 +442,7 @@ template <class F> WN_OUTLINE void redo_row(const Problem<F>& problem, const Pla
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
 template <class S> WN_DEVICE void add_pack(const Packs<S>& packs, typename S::Sum* gram) {
-  typename S::Sum sum[S::gram_size] = {};  // of the pack first: shorter chains of additions, which are faster and rounder
+  typename S::Sum sum[S::gram_size] = {};  // of the pack first: shorter chains of additions lose less
 #pragma unroll
   for (int e = 0; e < S::pack; ++e) {
     typename S::Sum x[S::inputs];
@@ -475,7 +478,8 @@ WN_DEVICE void process_row(const Problem<typename S::Formula>& problem, const Pl
   const bool exact = problem.formula.exact(coefficient);
   if (!exact || !all_safe<F>(gram)) {
     uint32_t nonzero[S::inputs] = {};
-    store.look(problem.in, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, nonzero); });
+    store.look(problem.in, plan, walk,
+               [&](const Place&, const Packs<S>& packs) { collect_nonzero<S>(packs, nonzero); });
     team.reduce(nonzero, Or{});
     if (must_redo<F>(gram, nonzero, exact)) return redo_row(problem, plan, row);
   }
@@ -690,7 +694,8 @@ column_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Pl
   uncertain = block_any(uncertain);
   if (uncertain) {
     uint32_t nonzero[S::inputs][S::pack] = {};
-    store.look(problem.in, plan, walk, [&](const Place&, const Packs<S>& packs) { collect_columns<S>(packs, nonzero); });
+    store.look(problem.in, plan, walk,
+               [&](const Place&, const Packs<S>& packs) { collect_columns<S>(packs, nonzero); });
     tile.reduce(nonzero, tile.nonzero, Or{});
     for (int r = tid(); r < tile.rows; r += block_threads())
       tile.redo[r] = tile.redo[r] && must_redo<F>(tile.sums + r * S::gram_size, tile.nonzero + r * S::inputs,

@@ -165,7 +165,9 @@ struct ColumnScratch {
     redo = nonzero + rows * inputs * int64_t(sizeof(uint32_t));
     coefficients = (redo + rows + 15) / 16 * 16;
   }
-  int64_t end(int rows, int count, int64_t sum_bytes) const { return (coefficients + rows * count * sum_bytes + 15) / 16 * 16; }
+  int64_t end(int rows, int count, int64_t sum_bytes) const {
+    return (coefficients + rows * count * sum_bytes + 15) / 16 * 16;
+  }
 };
 
 inline Plan plan_columns(const Facts& facts, const Device& device) {

@@ -3,11 +3,15 @@
 namespace wn::cuda {
 
 template <class Body> void with_signature(const Problem<RowNorm>& problem, Body&& body) {
-  dispatch(problem.in_type[0], [&](auto v) { body(Signature<RowNorm, Types<typename decltype(v)::type>, Types<>>{}); });
+  dispatch(problem.in_type[0], [&](auto v) {
+    body(Signature<RowNorm, Types<typename decltype(v)::type>, Types<>>{});
+  });
 }
 
 template <class Body> void with_signature(const Problem<RowScale>& problem, Body&& body) {
-  dispatch(problem.in_type[0], [&](auto v) { body(Signature<RowScale, Types<typename decltype(v)::type>, Types<>>{}); });
+  dispatch(problem.in_type[0], [&](auto v) {
+    body(Signature<RowScale, Types<typename decltype(v)::type>, Types<>>{});
+  });
 }
 
 template int64_t workspace_bytes(const Problem<RowNorm>&);

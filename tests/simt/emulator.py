@@ -23,9 +23,9 @@ def compiler():
 
 
 def build(extra_flags=(), program=None):
-    """The shared library for the present sources, or a program with them; the same files and flags are built once."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *extra_flags,
-             f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}"]
+    """The shared library of the present sources, or a program with them; the same files and flags are built once."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE",  # its checks take a change of stack for an error
+             "-Wall", "-Wextra", "-Wno-unknown-pragmas", *extra_flags, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}"]
     sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *(ROOT / "tests/simt" / name for name in SOURCES)])
     sources += [program] if program else []
     headers = sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*h"), *ROOT.glob("tests/simt/*.h")])
@@ -46,7 +46,8 @@ def build(extra_flags=(), program=None):
 
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
         objects = list(pool.map(compile_one, sources))
-    subprocess.run([*compiler(), *flags, *([] if program else ["-shared"]), *objects, "-o", parts / library.name], check=True)
+    kind = [] if program else ["-shared"]
+    subprocess.run([*compiler(), *flags, *kind, *objects, "-o", parts / library.name], check=True)
     os.replace(parts / library.name, library)
     shutil.rmtree(parts)
     return library

@@ -110,7 +110,8 @@ void enter() {
 void prepare(Fibre& fibre) {
   if (fibre.started) return;
   if (fibre.stack == nullptr) {
-    void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("simt: no memory for the stack of a fibre");
     fibre.stack = static_cast<char*>(stack);
   }
@@ -252,13 +253,15 @@ void run_cluster(const Shape& shape, int64_t first_block, std::mt19937_64& rando
 
 void run(const char* what, const Shape& shape, const std::function<void()>& kernel) {
   const std::string prefix = std::string("simt: ") + what + ": ";
-  if (shape.blocks < 1 || shape.blocks > state.device.blocks) throw std::runtime_error(prefix + "wrong number of blocks");
-  if (shape.threads < 1 || shape.threads > most_threads) throw std::runtime_error(prefix + "wrong number of threads");
-  if (shape.cluster < 1 || shape.cluster > most_cluster || shape.blocks % shape.cluster != 0)
-    throw std::runtime_error(prefix + "wrong size of clusters");
-  if (shape.cluster > 1 && state.device.capability < 90) throw std::runtime_error(prefix + "no clusters on this device");
-  if (shape.shared_bytes < 0 || shape.shared_bytes > state.device.shared_bytes)
-    throw std::runtime_error(prefix + "wrong size of shared memory");
+  const auto require = [&](bool condition, const char* message) {
+    if (!condition) throw std::runtime_error(prefix + message);
+  };
+  require(shape.blocks >= 1 && shape.blocks <= state.device.blocks, "wrong number of blocks");
+  require(shape.threads >= 1 && shape.threads <= most_threads, "wrong number of threads");
+  require(shape.cluster >= 1 && shape.cluster <= most_cluster && shape.blocks % shape.cluster == 0,
+          "wrong size of clusters");
+  require(shape.cluster == 1 || state.device.capability >= 90, "no clusters on this device");
+  require(shape.shared_bytes >= 0 && shape.shared_bytes <= state.device.shared_bytes, "wrong size of shared memory");
   std::mt19937_64 random(state.seed);
   const int64_t vector_accesses = state.vector_accesses;
   state.kernel = &kernel;
