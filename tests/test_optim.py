@@ -82,7 +82,9 @@ class Twin:
                     continue
                 norm = group["direction_norm"]
                 length = reference.row_norm(p.detach(), group["dim"])
-                v = p.detach().clone() if norm == "weight" else reference.normalize_(p.detach().clone(), group["dim"], norm)
+                v = p.detach().clone()
+                if norm != "weight":
+                    reference.normalize_(v, group["dim"], norm)
                 v, r = nn.Parameter(v), nn.Parameter(length.log() if group["kind"] == "ewn" else length)
                 self.weights[names[p]] = (v, r, group["dim"], "ewn" if group["kind"] == "ewn" else "swn")
                 groups.append({**shared, "params": [v]})
@@ -227,11 +229,12 @@ def test_any_shape_and_hyperparameters(shape, where, kind, lr, ratio, momentum, 
     torch.manual_seed(seed)
     weight = nn.Parameter(torch.randn(shape).double())
     dim = None if where < 0 else where % len(shape)
-    options = dict(kind=kind, dim=dim, lr=lr, radius_lr_ratio=ratio, weight_decay=decays[0], radius_weight_decay=decays[1])
+    decay = dict(weight_decay=decays[0], radius_weight_decay=decays[1])
+    options = dict(kind=kind, dim=dim, lr=lr, radius_lr_ratio=ratio, **decay)
     if not adam:
         options.update(momentum=momentum, nesterov=nesterov and momentum > 0)
     optimizer = (PolarAdamW if adam else PolarSGD)([weight], **options)
-    rule = dict(lr=lr, radius_lr=lr * ratio, kind=kind, dim=dim, weight_decay=decays[0], radius_weight_decay=decays[1])
+    rule = dict(lr=lr, radius_lr=lr * ratio, kind=kind, dim=dim, **decay)
     if not adam:
         rule.update(momentum=momentum, nesterov=options["nesterov"])
     step = reference.polar_adam_step if adam else reference.polar_sgd_step
@@ -247,7 +250,9 @@ def test_any_shape_and_hyperparameters(shape, where, kind, lr, ratio, momentum, 
 
 
 @pytest.mark.parametrize("kind", ["swn", "ewn"])
-@pytest.mark.parametrize("optimizer_class, options", [(PolarSGD, dict(lr=0.05, momentum=0.9)), (PolarAdamW, dict(lr=0.01))])
+@pytest.mark.parametrize(
+    "optimizer_class, options", [(PolarSGD, dict(lr=0.05, momentum=0.9)), (PolarAdamW, dict(lr=0.01))]
+)
 def test_float32_is_as_near_as_two_orderings_of_one_sum(optimizer_class, options, kind):
     """torch against torch with the inputs permuted is the rounding that fp32 has anyway."""
     weight, x, y = torch.randn(16, 64), torch.randn(128, 64), torch.randn(128, 16)
@@ -312,7 +317,7 @@ def test_g_crosses_zero(dtype):
 def test_radius_near_zero_and_far_from_it(kind, scale):
     weight, grad = torch.randn(4, 9) * scale, torch.randn(4, 9) / scale
     # The direction moves by lr (s/n) G/n = lr G/|w|, and the radius of SWN by lr G: rates that suit the scale.
-    options = dict(lr=0.1 * scale**2, radius_lr=0.1 * scale**2) if kind == "swn" else dict(lr=0.1 * scale**2, radius_lr=0.1)
+    options = dict(lr=0.1 * scale**2, radius_lr=0.1 * (scale**2 if kind == "swn" else 1))
     p = nn.Parameter(weight.clone())
     optimizer = PolarSGD([p], kind=kind, lr=options["lr"], radius_lr_ratio=options["radius_lr"] / options["lr"])
     p.grad = grad
@@ -450,7 +455,7 @@ def test_digits_train_the_same_both_ways(make, kind, optimizer_class, options):
     assert sum(curves[0][-5:]) < sum(curves[0][:5])
 
 
-# --------------------------------------------------------------------------------------------------------- 16-bit weights
+# ------------------------------------------------------------------------------------------------------- 16-bit weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -502,7 +507,7 @@ def test_edits_of_sixteen_bit_weights_are_picked_up():
     torch.testing.assert_close(optimizer.state[p]["radius"], length, rtol=1e-6, atol=0)
 
 
-# -------------------------------------------------------------------------------------------------- edits of the weights
+# ------------------------------------------------------------------------------------------------ edits of the weights
 
 
 @pytest.mark.parametrize("kind", ["swn", "ewn"])
@@ -534,7 +539,7 @@ def test_weights_loaded_before_the_first_step_are_the_first_weights():
     assert_same_state(optimizer, from_the_start, **EXACT)
 
 
-# --------------------------------------------------------------------------------------------- torch.optim's conventions
+# ------------------------------------------------------------------------------------------- torch.optim's conventions
 
 MAKE = {
     "sgd": lambda params, **o: PolarSGD(params, **{"lr": 0.05, "momentum": 0.9, "dampening": 0.1, **o}),
@@ -647,10 +652,10 @@ def test_schedulers_keep_the_ratio_of_the_radius():
         torch.optim.lr_scheduler.OneCycleLR(opt, [g["lr"] * 2 for g in opt.param_groups], total_steps=12)
         for opt in (optimizer, twin.optimizer)
     ]
-    for _ in range(12):
+    for _ in range(11):
         train(model, optimizer, x, y)
         twin.step(F.mse_loss(twin(x), y))
-        for scheduler in schedulers[: 2 if _ < 11 else 0]:
+        for scheduler in schedulers:
             scheduler.step()
     assert twin.largest_difference(optimizer) < 1e-11
 
@@ -1074,7 +1079,7 @@ def test_conversion_both_ways_continues_identically(make, kind):
         torch.testing.assert_close(p, weights[name], rtol=1e-11, atol=1e-12)
         for key, value in optimizer.state[p].items():
             if kind != "unit" or not key.startswith("radius_"):
-                torch.testing.assert_close(value, again.state[weights[name]][key], rtol=1e-10, atol=1e-12, check_device=False)
+                torch.testing.assert_close(value, again.state[weights[name]][key], rtol=1e-10, atol=1e-12)
     for run in ((model, optimizer), (parametrized, theirs), (plain, again)):
         losses.append(train(*run, x, y, 5))
     for curve, expected in ((1, 0), (3, 2), (4, 2)):
@@ -1082,7 +1087,8 @@ def test_conversion_both_ways_continues_identically(make, kind):
 
 
 def test_conversion_from_our_layers_and_after_edits():
-    model = nn.Sequential(wnkernels.nn.Linear(6, 8, kind="ewn"), nn.Tanh(), wnkernels.nn.Linear(8, 3, dim=None)).double()
+    model = nn.Sequential(wnkernels.nn.Linear(6, 8, kind="ewn"), nn.Tanh(), wnkernels.nn.Linear(8, 3, dim=None))
+    model = model.double()
     _, x, y = linear_net()
     x, y = x.double(), y.double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -1127,14 +1133,14 @@ def test_what_torch_cannot_do_is_not_converted():
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def weight(**edits):
+def weight():
     return nn.Parameter(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (lambda: PolarSGD([weight()], kind="wn"), ValueError, "kind must be one of 'swn', 'ewn', 'unit' or None, got 'wn'"),
+        (lambda: PolarSGD([weight()], kind="wn"), ValueError, "kind must be one of .*'unit' or None, got 'wn'"),
         (lambda: PolarSGD([weight()], dim=2), ValueError, r"dim must be None or in \[-2, 1\].*got 2"),
         (lambda: PolarSGD([weight()], dim=1.0), TypeError, "dim must be an int or None"),
         (lambda: PolarSGD([weight()], lr=-1), ValueError, "lr must be at least 0, got -1"),
