@@ -48,56 +48,47 @@ template <class Formula> void run(const Problem<Formula>& problem, const Tensor&
 // ---- one function per operator, for CPU, CUDA and Meta -----------------------------------------------------------
 
 Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, std::optional<ScalarType> out_dtype) {
-  const Kind k = parse_kind(kind);
-  check_weight_dtype("v", v.scalar_type());
-  dim = wrap_dim(v, dim);
-  check_radius(g, v, dim);
+  const Rows rows = check_rows(v, g, dim, kind);
   const ScalarType out = out_dtype.value_or(v.scalar_type());
   check_pair("out_dtype", out, v.scalar_type());
   const Tensor x = dense(v);
   Tensor w = at::empty_strided_symint(x.sym_sizes(), x.sym_strides(), x.options().dtype(out));
   if (!v.is_meta()) {
     const Tensor radius = g.contiguous();
-    run(problem_of(Forward{k, values_of(radius)}, layout_of(x, dim), {&x}, {&w}), v);
+    run(problem_of(Forward{rows.kind, values_of(radius)}, layout_of(x, rows.dim), {&x}, {&w}), v);
   }
   return w;
 }
 
 template <class Formula>
-void run_backward(const Tensor& G, const Tensor& x, const Tensor& g, Dim dim, Kind kind, const Tensor& dr,
+void run_backward(const Tensor& G, const Tensor& x, const Tensor& g, const Rows& rows, const Tensor& dr,
                   at::ArrayRef<const Tensor*> out) {
   const Tensor radius = g.contiguous();
   Formula formula;
-  formula.kind = kind;
+  formula.kind = rows.kind;
   formula.radius = values_of(radius);
   formula.radius_gradient = results_of(dr);
-  run(problem_of(formula, layout_of(x, dim), {&x, &G}, out), x);
+  run(problem_of(formula, layout_of(x, rows.dim), {&x, &G}, out), x);
 }
 
 Tensor like_radius(const Tensor& g) { return at::empty_like(g, at::MemoryFormat::Contiguous); }
 
 std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim,
                                                 string_view kind) {
-  const Kind k = parse_kind(kind);
-  check_weight_dtype("v", v.scalar_type());
-  dim = wrap_dim(v, dim);
-  check_radius(g, v, dim);
+  const Rows rows = check_rows(v, g, dim, kind);
   check_gradient("grad", grad, v);
   const Tensor x = dense(v);
   Tensor dv = at::empty_like(x), dr = like_radius(g);
-  if (!v.is_meta()) run_backward<Backward>(in_layout_of(grad, x), x, g, dim, k, dr, {&dv});
+  if (!v.is_meta()) run_backward<Backward>(in_layout_of(grad, x), x, g, rows, dr, {&dv});
   return {dv, dr};
 }
 
 Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
-  const Kind k = parse_kind(kind);
-  check_weight_dtype("v", v.scalar_type());
-  dim = wrap_dim(v, dim);
-  check_radius(g, v, dim);
+  const Rows rows = check_rows(v, g, dim, kind);
   check_gradient("grad", grad, v);
   const Tensor x = dense(v);
   Tensor dr = like_radius(g);
-  if (!v.is_meta()) run_backward<RadiusBackward>(in_layout_of(grad, x), x, g, dim, k, dr, at::ArrayRef<const Tensor*>());
+  if (!v.is_meta()) run_backward<RadiusBackward>(in_layout_of(grad, x), x, g, rows, dr, at::ArrayRef<const Tensor*>());
   return dr;
 }
 
@@ -114,27 +105,21 @@ Tensor row_norm(const Tensor& v, Dim dim) {
 }
 
 Tensor row_scale(const Tensor& v, const Tensor& g, string_view kind) {
-  const Kind k = parse_kind(kind);
-  check_weight_dtype("v", v.scalar_type());
-  const Dim dim = wrap_dim(v, 0);
-  check_radius(g, v, dim);
+  const Rows rows = check_rows(v, g, 0, kind);
   Tensor scale = at::empty_symint({v.sym_size(0)}, v.options().dtype(accumulate_type(v.scalar_type())));
   if (!v.is_meta()) {
     const Tensor x = dense(v), radius = g.contiguous();
     RowScale formula;
-    formula.kind = k;
+    formula.kind = rows.kind;
     formula.radius = values_of(radius);
     formula.scale = results_of(scale);
-    run(problem_of(formula, layout_of(x, dim), {&x}, at::ArrayRef<const Tensor*>()), v);
+    run(problem_of(formula, layout_of(x, rows.dim), {&x}, at::ArrayRef<const Tensor*>()), v);
   }
   return scale;
 }
 
 Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
-  const Kind k = parse_kind(kind);
-  check_weight_dtype("v", v.scalar_type());
-  dim = wrap_dim(v, dim);
-  check_radius(g, v, dim);
+  const Rows rows = check_rows(v, g, dim, kind);
   check_gradient("grad", grad, v);
   TORCH_CHECK(!v.is_alias_of(grad), "grad must not share memory with v: it is overwritten while v is read");
   Tensor dr = like_radius(g);
@@ -142,7 +127,7 @@ Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_v
     TORCH_CHECK_VALUE(grad.is_non_overlapping_and_dense(),
                       "grad must be dense without overlap to be projected in place, got strides ", grad.strides(),
                       " for shape ", grad.sizes());
-    run_backward<Backward>(grad, in_layout_of(v, grad), g, dim, k, dr, {&grad});
+    run_backward<Backward>(grad, in_layout_of(v, grad), g, rows, dr, {&grad});
     grad.unsafeGetTensorImpl()->bump_version();
   }
   return dr;

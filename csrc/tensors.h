@@ -60,6 +60,18 @@ inline void check_gradient(const char* name, const Tensor& grad, const Tensor& v
                     grad.sym_sizes());
 }
 
+// The arguments that most operators share, checked.
+struct Rows {
+  Dim dim;
+  Kind kind;
+};
+inline Rows check_rows(const Tensor& v, const Tensor& g, Dim dim, string_view kind) {
+  check_weight_dtype("v", v.scalar_type());
+  const Rows rows{wrap_dim(v, dim), parse_kind(kind)};
+  check_radius(g, v, rows.dim);
+  return rows;
+}
+
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::f32;
