@@ -39,7 +39,10 @@ template <class Formula> void run(const Problem<Formula>& problem, const Tensor&
 #if defined(WN_WITH_CUDA)
   const c10::DeviceGuard guard(on.device());
   const c10::impl::VirtualGuardImpl device(c10::DeviceType::CUDA);
-  cuda::run(problem, device.getStream(on.device()).native_handle());
+  // From torch's allocator, which orders memory by stream and can be captured in a graph.
+  const int64_t bytes = cuda::workspace_bytes(problem);
+  const Tensor workspace = bytes > 0 ? at::empty({bytes}, on.options().dtype(at::kByte)) : Tensor();
+  cuda::run(problem, device.getStream(on.device()).native_handle(), bytes > 0 ? workspace.mutable_data_ptr() : nullptr);
 #else
   TORCH_CHECK(false, "this build of wnkernels has no kernels for ", on.device());
 #endif
