@@ -11,6 +11,9 @@
 
 namespace wn {
 
+// Not fmax, which is a function call on a CPU.
+WN_INLINE double larger(double a, double b) { return a > b ? a : b; }
+
 enum class Retraction : int {
   project,      // v' as above: what torch does
   renormalize,  // as project, but n stays
@@ -51,8 +54,8 @@ struct PolarRow {
     x.s = kind == Kind::ewn ? finite(::exp(x.r)) : x.r;
     x.n = norm[row];
     x.sign = x.s < 0 ? -1 : 1;
-    const double larger = ::fmax(x.length, ::fabs(x.s));
-    if (x.length > 0 && ::fabs(x.length - ::fabs(x.s)) > edit_tolerance * larger + edit_floor) {
+    const double size = larger(x.length, ::fabs(x.s));
+    if (x.length > 0 && ::fabs(x.length - ::fabs(x.s)) > edit_tolerance * size + edit_floor) {
       x.s = x.sign * x.length;
       x.r = kind == Kind::ewn ? ::log(x.length) : x.s;
     }
@@ -61,13 +64,17 @@ struct PolarRow {
     const double along = root > 0 ? gram[1] / root : 0;
     x.p = x.G_scale * x.sign * shifted(along, e[1]);
     x.G_square = gram[2];
-    x.G_perp_square = ::fmax(0.0, x.G_square - along * along);
+    x.G_perp_square = larger(0.0, x.G_square - along * along);
     return x;
   }
   WN_INLINE double radius_gradient(const State& x, int64_t row) const {
     return (kind == Kind::ewn ? x.s * x.p : x.p) + radius_weight_decay.at<double>(row) * x.r;
   }
   WN_INLINE double signed_length(double r) const { return kind == Kind::ewn ? finite(::exp(r)) : r; }
+
+  WN_INLINE double angle(double perp, double along) const {
+    return telemetry != nullptr ? ::atan2(perp, along) : 0;
+  }
 
   // result[0..1] = r', n'; result[2..6] = telemetry.
   WN_INLINE void report(const State& x, double r, double s, double n, double G_perp, double angle, double* result) const {
@@ -147,7 +154,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     const double g_along = gram[1] / gram[0];
     c[0] = static_cast<A>(g_along);
     if constexpr (with_momentum) {
-      const double b = shifted(u.B, e[1]), m = shifted(u.C, e[2]), largest = ::fmax(::fabs(b), ::fabs(m));
+      const double b = shifted(u.B, e[1]), m = shifted(u.C, e[2]), largest = larger(::fabs(b), ::fabs(m));
       c[1] = static_cast<A>(largest > 0 ? b / largest : 0);
       c[2] = static_cast<A>(largest > 0 ? m / largest : 0);
       c[3] = static_cast<A>(gram[3] / gram[0]);
@@ -176,12 +183,12 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       return;
     }
     Update u = update(row, x, gram, e);
-    double G_perp = ::sqrt(x.G_perp_square), d_perp = ::sqrt(::fmax(0.0, u.d_perp_square));
+    double G_perp = ::sqrt(x.G_perp_square), d_perp = ::sqrt(larger(0.0, u.d_perp_square));
     if (sums != nullptr) {
       G_perp = ::sqrt(static_cast<double>(sums[1]));
       const double b = shifted(u.B, e[1]);
       double unit = ::fabs(b);
-      if constexpr (with_momentum) unit = ::fmax(unit, ::fabs(shifted(u.C, e[2])));
+      if constexpr (with_momentum) unit = larger(unit, ::fabs(shifted(u.C, e[2])));
       d_perp = unit * ::sqrt(static_cast<double>(sums[0]));
     }
     G_perp = shifted(G_perp, e[1]);
@@ -193,13 +200,14 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       r -= rows.radius_lr.at<double>(row) * (!with_momentum ? dr : nesterov ? dr + u.mu * mr : mr);
     }
     const double s = rows.signed_length(r), lr = rows.lr.at<double>(row);
-    double along = x.n - lr * u.d_along, n = ::hypot(along, lr * d_perp), angle = ::atan2(lr * d_perp, along);
+    const double along = x.n - lr * u.d_along, perp = lr * d_perp;
+    double n = ::sqrt(along * along + perp * perp), angle = rows.angle(perp, along);
     double of_t = x.n - lr * u.A, of_G = -lr * u.B, of_m = -lr * u.C;
     double scale = n > 0 ? s / n : 0;
     if (rows.retraction == Retraction::geodesic) {
-      const double perp = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n;
-      angle = rate * perp;
-      const double sine = perp > 0 ? ::sin(angle) / perp : rate;
+      const double tangential = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n;
+      angle = rate * tangential;
+      const double sine = tangential > 0 ? ::sin(angle) / tangential : rate;
       of_t = ::cos(angle) + sine * x.p;
       of_G = -sine * x.G_scale;
       scale = s;
@@ -306,17 +314,17 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
         const double b2 = beta2.at<double>(row);
         average += (1 - beta1.at<double>(row)) * (dr - average);
         square = b2 * square + (1 - b2) * dr * dr;
-        largest = ::fmax(largest, square);
+        largest = larger(largest, square);
         if (decoupled) r *= 1 - radius_lr * r_decay;
         r -= radius_lr / correction1 * average /
              (::sqrt(amsgrad ? largest : square) / correction2_root + eps.at<double>(row));
       }
       s = rows.signed_length(r);
       const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));
-      const double U_perp = ::sqrt(::fmax(0.0, static_cast<double>(sums[0]) - U_along * U_along));
+      const double U_perp = ::sqrt(larger(0.0, static_cast<double>(sums[0]) - U_along * U_along));
       const double along = x.n * (decoupled ? 1 - lr * decay : 1) - rate * U_along;
-      n = ::hypot(along, rate * U_perp);
-      angle = ::atan2(rate * U_perp, along);
+      n = ::sqrt(along * along + rate * U_perp * rate * U_perp);
+      angle = rows.angle(rate * U_perp, along);
       G_perp = shifted(::sqrt(static_cast<double>(sums[2])), e[1]);
       c[kScale] = static_cast<A>(n > 0 ? finite(s / n) : 0);
       if (rows.retraction == Retraction::renormalize) n = x.n;

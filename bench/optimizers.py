@@ -1,0 +1,112 @@
+"""The polar steps against torch's optimizers on the plain model and on torch's parametrization of it: the step alone, for
+one large weight and for many small ones, and a full training step of one Linear layer.
+
+    python -m bench.optimizers
+"""
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from wnkernels.optim import PolarAdamW, PolarSGD, polar_groups
+
+from . import harness
+
+# name -> (torch's optimizer, ours, options, bytes of a step per byte of weight, bound on the step of a 4096^2 weight)
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, PolarSGD, {}, 3, 1.05),
+    "SGD, momentum": (torch.optim.SGD, PolarSGD, {"momentum": 0.9}, 5, 1.08),
+    "AdamW": (torch.optim.AdamW, PolarAdamW, {"weight_decay": 1e-2}, 7, 1.08),
+}
+LR = 1e-9  # the weights stay what they are however often a step runs
+
+
+def polar(ours, model, options, **more):
+    return ours(polar_groups(model, kind="swn"), lr=LR, **options, **more)
+
+
+def providers(torchs, ours, options):
+    """name -> function from a maker of models to (model, optimizer)."""
+    return {
+        "torch fused": lambda make: (m := make(), torchs(m.parameters(), lr=LR, fused=True, **options)),
+        "torch foreach": lambda make: (m := make(), torchs(m.parameters(), lr=LR, foreach=True, **options)),
+        "torch parametrized": lambda make: (m := parametrized(make()), torchs(m.parameters(), lr=LR, fused=True, **options)),
+        "wnkernels": lambda make: (m := make(), polar(ours, m, options)),
+        "wnkernels, telemetry": lambda make: (m := make(), polar(ours, m, options, telemetry=True)),
+    }
+
+
+def parametrized(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            parametrizations.weight_norm(module)
+    return model
+
+
+def step_alone(make, provider):
+    model, optimizer = provider(make)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return optimizer.step
+
+
+def full_step(make, provider, batch):
+    model, optimizer = provider(make)
+    x = torch.randn(batch, 4096, requires_grad=True)
+    dy = torch.randn(batch, 4096)
+
+    def step():
+        model(x).backward(dy)
+        optimizer.step()
+        optimizer.zero_grad()
+        x.grad = None
+
+    return step
+
+
+def cases():
+    """(name, maker of models, function from (maker, provider) to a call)"""
+    large = lambda: nn.Sequential(nn.Linear(4096, 4096, bias=False))  # noqa: E731
+    small = lambda: nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(200)))  # noqa: E731
+    yield "step, 4096x4096", large, step_alone
+    yield "step, 200 of 16x16", small, step_alone
+    yield "full step, 4096x4096, batch 16", large, lambda make, provider: full_step(make, provider, 16)
+
+
+def main(arguments=None):
+    options = harness.parser(__doc__, seconds=10).parse_args(arguments)
+    facts, folder = harness.begin(options)
+    rows, missed = [], []
+    with harness.Progress(3 * len(OPTIMIZERS), "optimizers") as progress:
+        for case, make, build in cases():
+            for name, (torchs, ours, settings, passes, bound) in OPTIMIZERS.items():
+                calls = {p: build(make, provider) for p, provider in providers(torchs, ours, settings).items()}
+                source, copy = torch.randn(4096, 4096), torch.empty(4096, 4096)
+                if "4096" in case:
+                    calls["copy"] = lambda: copy.copy_(source)  # noqa: B023
+                times = harness.measure(calls, seconds=options.seconds)
+                for provider in calls:
+                    row = {"case": case, "optimizer": name, "provider": provider}
+                    row |= harness.summary(times, provider, {"fused": "torch fused"})
+                    if case == "step, 4096x4096" and provider != "copy":
+                        copied = sorted(times["copy"])[len(times["copy"]) // 2] * 1e3
+                        row["percent_of_copy"] = 100 * passes / 2 * copied / row["ms"]
+                    rows.append(row)
+                goal = bound if case.startswith("step, 4096") else 1.02 if case.startswith("full") else 1.0
+                mine = next(r for r in reversed(rows) if r["provider"] == "wnkernels")
+                if mine["ratio_fused"] > goal:
+                    missed.append(f"{case}, {name}: {harness.interval(mine, 'fused')} of torch fused, goal {goal}")
+                progress.step(f"{case}, {name}")
+    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
+    print(harness.table(["case", "optimizer", "provider", "ms", "vs torch fused", "% of copy"], [
+        [r["case"], r["optimizer"], r["provider"], f"{r['ms']:.3f}", harness.interval(r, "fused"),
+         f"{r['percent_of_copy']:.0f}" if "percent_of_copy" in r else ""] for r in rows]))
+    print("\nmedians; ratios of medians [95% confidence interval]; % of copy: bytes moved per second against a copy")
+    for line in missed:
+        print(f"missed: {line}")
+    harness.write_csv(folder / "optimizers.csv", rows, facts)
+    print(f"\nwritten: {folder}/optimizers.csv")
+
+
+if __name__ == "__main__":
+    main()
