@@ -31,7 +31,7 @@ constexpr int64_t kColumnPiece = 256;   // the same along a column
 constexpr int64_t kTile = 512;          // columns side by side, at most
 constexpr int64_t kTileBytes = 1 << 18; // a tile and all its inputs stay in L2 between reading and writing
 constexpr int64_t kShortRow = 32;       // rows below this length are handled as strided columns
-constexpr int64_t kGrain = 65536;       // elements worth waking a thread for
+constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
 
 template <class... T> struct Types {
   static constexpr int64_t bytes = (int64_t(sizeof(T)) + ... + 0);
