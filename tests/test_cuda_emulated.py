@@ -462,9 +462,9 @@ def test_dtypes_without_a_kernel(emulator):
 
 # ---- the emulator itself ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number, message", enumerate(
+@pytest.mark.parametrize("number, message", list(enumerate(
     ["", "left out", "waits for ever", "outside of its mask", "without being in its own mask", "misaligned store", "",
-     "outside of its cluster"]))
+     "outside of its cluster"])))
 def test_the_emulator_finds_faults(emulator, number, message):
     """Kernels with one fault each, in tests/simt/faults.cpp, and what the emulator says of them."""
     out = torch.zeros(64)
