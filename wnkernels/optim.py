@@ -703,8 +703,6 @@ class PolarAdam(_PolarOptimizer):
         bucket.step.add_(1)
         if options["found_inf"] is not None:
             bucket.step.sub_(options["found_inf"])
-        keep = group["retraction"] == "renormalize"
-        norms = [norm.clone() for norm in bucket.norm] if keep else ()
         functional.polar_adam_(
             bucket.weights,
             grads,
@@ -720,10 +718,9 @@ class PolarAdam(_PolarOptimizer):
             betas=group["betas"],
             eps=group["eps"],
             decoupled=group["decoupled_weight_decay"],
+            retraction=group["retraction"],
             **options,
         )
-        for norm, kept in zip(bucket.norm, norms):
-            norm.copy_(kept)
 
     def _plain_call(self, group: dict, params: list, grads: list, **scaling) -> None:
         names, on_device = self._names(group), group["capturable"] or group["fused"]
