@@ -93,27 +93,46 @@ template <class F> WN_INLINE void for_pieces(const Layout& layout, int64_t row, 
   }
 }
 
+// Adds the upper half of the lanes to the lower one until one is left. The widths are compile-time constants, so that no
+// loop is left where the lanes fit into vectors.
+template <int width, class A> WN_INLINE A tree(A* lanes) {
+  if constexpr (width > 0) {
+#pragma omp simd
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return tree<width / 2>(lanes);
+  }
+  return lanes[0];
+}
+
 // sums[p] = the sum over a piece of what terms(x, add) adds by add(p, term), for each element x.
 template <int count, class Formula, class E, class F>
 WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms) {
   using A = typename E::A;
-  A lanes[count][kLanes] = {};
-  const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
+  A lanes[count][kLanes];
+  const auto load = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
     A x[Formula::inputs];
     elements.load(i, x);
-    terms(x, [&](auto p, A term) __attribute__((always_inline)) { lanes[p][lane] += term; });
+    terms(x, add);
+  };
+  const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
+    load(i, [&](auto p, A term) __attribute__((always_inline)) { lanes[p][lane] += term; });
   };
   int64_t i = begin;
+  if (begin + kLanes <= end) {  // the first elements make the lanes, which need no zeros then
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane)
+      load(i + lane, [&](auto p, A term) __attribute__((always_inline)) { lanes[p][lane] = term; });
+    i += kLanes;
+  } else {
+    for (int p = 0; p < count; ++p)
+      for (int lane = 0; lane < kLanes; ++lane) lanes[p][lane] = 0;
+  }
   for (; i + kLanes <= end; i += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
   }
   for (int lane = 0; i + lane < end; ++lane) add(i + lane, lane);
-  for (int p = 0; p < count; ++p) {
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int lane = 0; lane < width; ++lane) lanes[p][lane] += lanes[p][lane + width];
-    sums[p] = lanes[p][0];
-  }
+  static_for<count>([&](auto p) __attribute__((always_inline)) { sums[p] = tree<kLanes / 2>(lanes[p]); });
 }
 
 template <class Formula, class E>
