@@ -249,10 +249,11 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
 
 // x_0 = w, x_1 = G, x_2, x_3 = the averages of dv and dv^2, with amsgrad x_4 = the largest of the latter;
 // y_0 = w', then the averages again, with a copy y_last = w' again, rounded. The update of v is element by element, so
-// its length is known only after a second reduction.
+// its length is known only after a second reduction; elements of v' are over n, so that they stay in range.
 template <bool amsgrad, bool with_copy> struct PolarAdam {
   static constexpr int inputs = 4 + amsgrad, gram_inputs = 2, outputs = 3 + amsgrad + with_copy;
   static constexpr int coefficients = 11, residuals = 3, results = PolarRow::results + 3;
+  static constexpr bool with_rounded_copy = with_copy;
   PolarRow rows;
   bool decoupled;  // decay of v and r themselves (AdamW), not of their gradients (Adam)
   RowValues beta1, beta2, eps;
@@ -262,7 +263,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
   enum : int { kW, kG, kAlong, kOneMinusBeta1, kBeta2, kOneMinusBeta2, kCorrection, kEps, kDecayed, kRate, kScale };
 
   // The averages after the step, and U, the direction that Adam subtracts from v.
-  template <class A> struct Moments { A average, square, largest, U; };
+  template <class A> struct Moments { A average, square, largest, U, v; };  // v' over n
   template <class A> static WN_INLINE Moments<A> moments(const A* c, const A* x) {
     Moments<A> m;
     const A dv = c[kW] * x[0] + c[kG] * x[1];
@@ -271,6 +272,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     m.largest = m.square;
     if constexpr (amsgrad) m.largest = x[4] > m.square ? x[4] : m.square;
     m.U = m.average / (square_root(m.largest) * c[kCorrection] + c[kEps]);
+    m.v = c[kDecayed] * x[0] - c[kRate] * m.U;
     return m;
   }
 
@@ -288,17 +290,27 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     c[kOneMinusBeta2] = static_cast<A>(lost ? 0 : 1 - b2);
     c[kCorrection] = static_cast<A>(1 / correction2_root);
     c[kEps] = static_cast<A>(eps.at<double>(row));
-    c[kDecayed] = static_cast<A>(finite(shifted(x.n * (decoupled ? 1 - lr * decay : 1) * unit_w, e[0])));
-    c[kRate] = static_cast<A>(lr / correction1);
+    c[kDecayed] = static_cast<A>(finite(shifted((decoupled ? 1 - lr * decay : 1) * unit_w, e[0])));
+    c[kRate] = static_cast<A>(lr / correction1 / x.n);
     c[kScale] = A(0);
     return !lost;
   }
-  template <class A> static WN_INLINE void residual(const A* c, const A* x, A* term) {
-    const A U = moments(c, x).U, g = x[1] - c[kAlong] * x[0];
-    term[0] = U * U;
-    term[1] = U * x[0];
+  template <class A> static WN_INLINE void add_terms(const A* c, const A* x, const Moments<A>& m, A* term) {
+    const A g = x[1] - c[kAlong] * x[0];
+    term[0] = m.U * m.U;
+    term[1] = m.U * x[0];
     term[2] = g * g;
   }
+  template <class A> static WN_INLINE void residual(const A* c, const A* x, A* term) {
+    add_terms(c, x, moments(c, x), term);
+  }
+  // The same, and everything but the factor that w' still lacks.
+  template <class A> static WN_INLINE void advance(const A* c, const A* x, A* y, A* term) {
+    const Moments<A> m = moments(c, x);
+    add_terms(c, x, m, term);
+    store(m, m.v, y);
+  }
+  template <class A> static WN_INLINE A rescale(const A* c, A y) { return c[kScale] * y; }
 
   template <class A>
   WN_INLINE void solve(int64_t row, const A* gram, const int* e, const A* sums, A* c, double* result) const {
@@ -326,7 +338,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
       n = ::sqrt(along * along + rate * U_perp * rate * U_perp);
       angle = rows.angle(rate * U_perp, along);
       G_perp = shifted(::sqrt(static_cast<double>(sums[2])), e[1]);
-      c[kScale] = static_cast<A>(n > 0 ? finite(s / n) : 0);
+      c[kScale] = static_cast<A>(n > 0 ? finite(s * (x.n / n)) : 0);
       if (rows.retraction == Retraction::renormalize) n = x.n;
     }
     rows.report(x, r, s, n, G_perp, angle, result);
@@ -335,15 +347,19 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     result[PolarRow::results + 2] = largest;
   }
   template <class A> WN_INLINE bool exact(const A* c) const {
-    return full_precision(c[kW]) && full_precision(c[kG]) && full_precision(c[kDecayed]) && full_precision(c[kScale]);
+    return full_precision(c[kW]) && full_precision(c[kG]) && full_precision(c[kDecayed]) && full_precision(c[kScale]) &&
+           !(c[kRate] > A(1e15));
   }
   template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) {
     const Moments<A> m = moments(c, x);
-    y[0] = c[kScale] * (c[kDecayed] * x[0] - c[kRate] * m.U);
+    store(m, rescale(c, m.v), y);
+  }
+  template <class A> static WN_INLINE void store(const Moments<A>& m, A w, A* y) {
+    y[0] = w;
     y[1] = m.average;
     y[2] = m.square;
     if constexpr (amsgrad) y[3] = m.largest;
-    if constexpr (with_copy) y[outputs - 1] = y[0];
+    if constexpr (with_copy) y[outputs - 1] = w;
   }
   WN_INLINE void finish(int64_t row, const double* result) const {
     rows.store(row, result);

@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -47,6 +48,8 @@ template <int n> constexpr int kAtLeastOne = n > 0 ? n : 1;
 template <class Formula> constexpr int kOutputs = kAtLeastOne<Formula::outputs>;
 template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coefficients>;
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
+// The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
+template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
@@ -66,6 +69,14 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
   template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
   template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
+  // Output 0 := factor(output 0), and again in the last output where that is a rounded copy.
+  template <class F> WN_INLINE void rescale(int64_t i, F&& factor) const {
+    using W = std::tuple_element_t<0, std::tuple<O...>>;
+    using Last = std::tuple_element_t<sizeof...(O) - 1, std::tuple<O...>>;
+    W* const w = static_cast<W*>(out[0]) + i;
+    *w = narrow<W>::from(factor(widen(*w)));
+    if constexpr (Formula::with_rounded_copy) static_cast<Last*>(out[sizeof...(O) - 1])[i] = narrow<Last>::from(widen(*w));
+  }
 
  private:
   template <class B, size_t... k> WN_INLINE void load(int64_t i, B* x, std::index_sequence<k...>) const {
@@ -104,7 +115,7 @@ template <int width, class A> WN_INLINE A tree(A* lanes) {
   return lanes[0];
 }
 
-// sums[p] = the sum over a piece of what terms(x, add) adds by add(p, term), for each element x.
+// sums[p] = the sum over a piece of what terms(i, x, add) adds by add(p, term), for each element x, the i-th.
 template <int count, class Formula, class E, class F>
 WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms) {
   using A = typename E::A;
@@ -112,7 +123,7 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
   const auto load = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
     A x[Formula::inputs];
     elements.load(i, x);
-    terms(x, add);
+    terms(i, x, add);
   };
   const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
     load(i, [&](auto p, A term) __attribute__((always_inline)) { lanes[p][lane] += term; });
@@ -137,7 +148,7 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
 
 template <class Formula, class E>
 WN_INLINE void gram_of_piece(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
-  reduce_piece<kGram<Formula>, Formula>(elements, begin, end, gram, [](const auto* x, auto&& add)
+  reduce_piece<kGram<Formula>, Formula>(elements, begin, end, gram, [](int64_t, const auto* x, auto&& add)
       __attribute__((always_inline)) { for_products<Formula>(x, add); });
 }
 
@@ -147,14 +158,23 @@ template <class Formula, class A, class F> WN_INLINE void for_residuals(const A*
   static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { add(p, term[p]); });
 }
 
-template <class Formula, class E>
+template <class Formula, bool advance, class E>
 WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients,
                                         typename E::A* sums) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-  reduce_piece<Formula::residuals, Formula>(elements, begin, end, sums, [&](const A* x, auto&& add)
-      __attribute__((always_inline)) { for_residuals<Formula>(c, x, add); });
+  reduce_piece<Formula::residuals, Formula>(elements, begin, end, sums, [&](int64_t i, const A* x, auto&& add)
+      __attribute__((always_inline)) {
+    if constexpr (advance) {
+      A y[kOutputs<Formula>], term[Formula::residuals];
+      Formula::advance(c, x, y, term);
+      elements.store(i, y);
+      static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { add(p, term[p]); });
+    } else {
+      for_residuals<Formula>(c, x, add);
+    }
+  });
 }
 
 template <class Formula, class E>
@@ -170,6 +190,16 @@ WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, cons
   };
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) combine(i);
+}
+
+// The factor that an advanced row still lacks; of its outputs the first has it, and the rounded copy of that.
+template <class Formula, class E>
+WN_INLINE void rescale_piece(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients) {
+  using A = typename E::A;
+  A c[kCoefficients<Formula>];
+  static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) elements.rescale(i, [&](A y) __attribute__((always_inline)) { return Formula::rescale(c, y); });
 }
 
 template <class Formula, class E>
@@ -256,8 +286,9 @@ __attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const
   return true;
 }
 
-// From a row's Gram matrix to its coefficients; true when the row still has to be combined with them.
-template <class Formula, class E>
+// From a row's Gram matrix to its coefficients; true when the row still has to be combined with them, or, if it has been
+// advanced, to be rescaled.
+template <bool advance, class Formula, class E>
 WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int64_t row, const double* sums,
                          typename E::A* c) {
   using A = typename E::A;
@@ -265,25 +296,33 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
   A gram[kGram<Formula>];
   Result<Formula, A> result[kResults<Formula>];
   for (int p = 0; p < kGram<Formula>; ++p) gram[p] = static_cast<A>(sums[p]);
+  const auto redone = [&] {
+    const bool exact = problem.formula.exact(c);
+    bool safe = exact;
+    for (int k = 0; k < Formula::gram_inputs; ++k) safe &= safe_square(gram[k * (k + 1) / 2 + k]);
+    return __builtin_expect(!safe, 0) && scaled_row(problem, elements, row, gram, exact);
+  };
   if constexpr (Formula::residuals > 0) {
     A residuals[Formula::residuals];
     const bool needed = problem.formula.prepare(row, gram, unscaled, c);
+    if (advance && redone()) return false;  // afterwards the inputs are overwritten
     if (needed) {
       double totals[Formula::residuals] = {};
       for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) {
-        residuals_of_range<Formula>(elements, begin, end, c, residuals);
+        residuals_of_range<Formula, advance>(elements, begin, end, c, residuals);
         for (int p = 0; p < Formula::residuals; ++p) totals[p] += residuals[p];
       });
       for (int p = 0; p < Formula::residuals; ++p) residuals[p] = static_cast<A>(totals[p]);
     }
     problem.formula.solve(row, gram, unscaled, needed ? residuals : nullptr, c, result);
+    if (advance) {
+      problem.formula.finish(row, result);
+      return needed;
+    }
   } else {
     problem.formula.solve(row, gram, unscaled, c, result);
   }
-  const bool exact = problem.formula.exact(c);
-  bool safe = exact;
-  for (int k = 0; k < Formula::gram_inputs; ++k) safe &= safe_square(gram[k * (k + 1) / 2 + k]);
-  if (__builtin_expect(!safe, 0) && scaled_row(problem, elements, row, gram, exact)) return false;
+  if (redone()) return false;
   problem.formula.finish(row, result);
   return Formula::outputs > 0;
 }
@@ -300,11 +339,13 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
       for (int p = 0; p < kGram<Formula>; ++p) sums[p] += gram[p];
     });
     A c[kCoefficients<Formula>];
-    if (solve_row(problem, elements, row, sums, c)) {
-      if constexpr (Formula::outputs > 0)
-        for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    if (solve_row<kAdvances<Formula>>(problem, elements, row, sums, c)) {
+      for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+        if constexpr (kAdvances<Formula>)
+          rescale_piece<Formula>(elements, begin, end, c);
+        else if constexpr (Formula::outputs > 0)
           combine_piece<Formula>(elements, begin, end, c);
-        });
+      });
     }
   }
 }
@@ -341,7 +382,7 @@ template <class Formula, class E> void split_rows(const Problem<Formula>& proble
     double sums[kGram<Formula>] = {};
     for (; i < count && pieces[i].row == row; ++i)
       for (int p = 0; p < kGram<Formula>; ++p) sums[p] += grams[i].sum[p];
-    rows[row].combine = solve_row(problem, elements, row, sums, rows[row].c);
+    rows[row].combine = solve_row<false>(problem, elements, row, sums, rows[row].c);
   }
   if constexpr (Formula::outputs > 0)
     at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
@@ -438,7 +479,7 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
       for (int p = 0; p < kGram<Formula>; ++p)
         for (int64_t i = 0; i < m.width; ++i) row_sums[p] += sums[p][c - c0 + i];
       A coefficient[kCoefficients<Formula>];
-      const bool combine = solve_row(problem, elements, c / m.width, row_sums, coefficient);
+      const bool combine = solve_row<false>(problem, elements, c / m.width, row_sums, coefficient);
       all &= combine;
       if constexpr (Formula::outputs > 0) rows.emplace_back(c, combine);
       for (int q = 0; q < Formula::coefficients; ++q)
