@@ -472,34 +472,31 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
   // possible only row by row, so then the tile is combined here and false is returned.
   const auto solve = [&](int64_t t, const double (*sums)[kTile], Tile& out) {
     const int64_t c0 = t * tile, c1 = std::min(m.count, c0 + tile);
-    std::vector<std::pair<int64_t, bool>> rows;
-    bool all = true;
+    bool to_combine[kTile], all = true;
     for (int64_t c = c0; c < c1; c += m.width) {
       double row_sums[kGram<Formula>] = {};
       for (int p = 0; p < kGram<Formula>; ++p)
         for (int64_t i = 0; i < m.width; ++i) row_sums[p] += sums[p][c - c0 + i];
       A coefficient[kCoefficients<Formula>];
-      const bool combine = solve_row<false>(problem, elements, c / m.width, row_sums, coefficient);
-      all &= combine;
-      if constexpr (Formula::outputs > 0) rows.emplace_back(c, combine);
+      to_combine[c - c0] = solve_row<false>(problem, elements, c / m.width, row_sums, coefficient);
+      all &= to_combine[c - c0];
       for (int q = 0; q < Formula::coefficients; ++q)
         for (int64_t i = 0; i < m.width; ++i) out.c[q][c - c0 + i] = coefficient[q];
     }
     if constexpr (Formula::outputs > 0) {
-      if (!all)
-        for (const auto& [c, combine] : rows) {
-          if (!combine) continue;
-          A coefficient[kCoefficients<Formula>];
-          for (int q = 0; q < Formula::coefficients; ++q) coefficient[q] = out.c[q][c - c0];
-          for (int64_t o = 0; o < m.length; ++o)
-            for (int64_t i = 0; i < m.width; ++i) {
-              A x[Formula::inputs], y[kOutputs<Formula>];
-              const int64_t at = (c + i) * m.step + o * m.stride;
-              elements.load(at, x);
-              Formula::combine(coefficient, x, y);
-              elements.store(at, y);
-            }
-        }
+      for (int64_t c = c0; c < c1 && !all; c += m.width) {
+        if (!to_combine[c - c0]) continue;
+        A coefficient[kCoefficients<Formula>];
+        for (int q = 0; q < Formula::coefficients; ++q) coefficient[q] = out.c[q][c - c0];
+        for (int64_t o = 0; o < m.length; ++o)
+          for (int64_t i = 0; i < m.width; ++i) {
+            A x[Formula::inputs], y[kOutputs<Formula>];
+            const int64_t at = (c + i) * m.step + o * m.stride;
+            elements.load(at, x);
+            Formula::combine(coefficient, x, y);
+            elements.store(at, y);
+          }
+      }
     }
     return all;
   };
@@ -507,23 +504,24 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
     if constexpr (Formula::outputs > 0)
       combine_columns<Formula, E, contiguous>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), o0, o1, in.c);
   };
-  const auto add = [](double (*sums)[kTile], const Grams& g) {
+  const auto add = [&](int64_t t, double (*sums)[kTile], const Grams& g, bool first_piece) {
+    const int64_t width = std::min(m.count, (t + 1) * tile) - t * tile;
     for (int p = 0; p < kGram<Formula>; ++p)
-      for (int64_t c = 0; c < kTile; ++c) sums[p][c] += g.sum[p][c];
+      for (int64_t c = 0; c < width; ++c) sums[p][c] = (first_piece ? 0 : sums[p][c]) + g.sum[p][c];
   };
 
   if (tiles >= 2 * at::get_num_threads() || pieces <= 1 || m.count * m.length <= kGrain) {
     at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (tile * std::max<int64_t>(1, m.length))),
                      [&](int64_t first, int64_t last) {
-      std::vector<Grams> grams(1);
-      std::vector<Tile> coefficients(1);
+      Grams grams;
+      Tile coefficients;
+      double sums[kGram<Formula>][kTile];
       for (int64_t t = first; t < last; ++t) {
-        double sums[kGram<Formula>][kTile] = {};
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          reduce(t, piece, grams[0]);
-          add(sums, grams[0]);
+          reduce(t, piece, grams);
+          add(t, sums, grams, piece == 0);
         }
-        if (solve(t, sums, coefficients[0])) combine(t, 0, m.length, coefficients[0]);
+        if (solve(t, sums, coefficients)) combine(t, 0, m.length, coefficients);
       }
     });
     return;
@@ -535,8 +533,8 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
   std::vector<Tile> coefficients(tiles);
   std::vector<char> ready(tiles);
   for (int64_t t = 0; t < tiles; ++t) {
-    double sums[kGram<Formula>][kTile] = {};
-    for (int64_t piece = 0; piece < pieces; ++piece) add(sums, grams[t * pieces + piece]);
+    double sums[kGram<Formula>][kTile];
+    for (int64_t piece = 0; piece < pieces; ++piece) add(t, sums, grams[t * pieces + piece], piece == 0);
     ready[t] = solve(t, sums, coefficients[t]);
   }
   at::parallel_for(0, tiles * pieces, 1, [&](int64_t first, int64_t last) {
