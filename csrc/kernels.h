@@ -15,7 +15,8 @@ struct Layout {
   WN_INLINE int64_t row_length() const { return outer * inner; }
 };
 
-// One kernel call: a formula over rows that all lie in the same layout. Outputs may alias inputs element by element.
+// One kernel call: a formula over rows that all lie in the same layout. Outputs may alias inputs element by element; where
+// the first is null, none is written, and only the rows' results are wanted.
 template <class Formula> struct Problem {
   static constexpr int inputs = Formula::inputs, outputs = Formula::outputs > 0 ? Formula::outputs : 1;
   Formula formula;

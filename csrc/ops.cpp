@@ -63,15 +63,10 @@ Tensor weight_norm(const Tensor& v, const Tensor& g, Dim dim, string_view kind, 
   return w;
 }
 
-template <class Formula>
 void run_backward(const Tensor& G, const Tensor& x, const Tensor& g, const Rows& rows, const Tensor& dr,
                   at::ArrayRef<const Tensor*> out) {
   const Tensor radius = g.contiguous();
-  Formula formula;
-  formula.kind = rows.kind;
-  formula.radius = values_of(radius);
-  formula.radius_gradient = results_of(dr);
-  run(problem_of(formula, layout_of(x, rows.dim), {&x, &G}, out), x);
+  run(problem_of(Backward{rows.kind, values_of(radius), results_of(dr)}, layout_of(x, rows.dim), {&x, &G}, out), x);
 }
 
 Tensor like_radius(const Tensor& g) { return at::empty_like(g, at::MemoryFormat::Contiguous); }
@@ -82,7 +77,7 @@ std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor
   check_gradient("grad", grad, v);
   const Tensor x = dense(v);
   Tensor dv = at::empty_like(x), dr = like_radius(g);
-  if (!v.is_meta()) run_backward<Backward>(in_layout_of(grad, x), x, g, rows, dr, {&dv});
+  if (!v.is_meta()) run_backward(in_layout_of(grad, x), x, g, rows, dr, {&dv});
   return {dv, dr};
 }
 
@@ -91,7 +86,7 @@ Tensor radius_backward(const Tensor& grad, const Tensor& v, const Tensor& g, Dim
   check_gradient("grad", grad, v);
   const Tensor x = dense(v);
   Tensor dr = like_radius(g);
-  if (!v.is_meta()) run_backward<RadiusBackward>(in_layout_of(grad, x), x, g, rows, dr, at::ArrayRef<const Tensor*>());
+  if (!v.is_meta()) run_backward(in_layout_of(grad, x), x, g, rows, dr, {});
   return dr;
 }
 
@@ -130,7 +125,7 @@ Tensor project_(Tensor grad, const Tensor& v, const Tensor& g, Dim dim, string_v
     TORCH_CHECK_VALUE(grad.is_non_overlapping_and_dense(),
                       "grad must be dense without overlap to be projected in place, got strides ", grad.strides(),
                       " for shape ", grad.sizes());
-    run_backward<Backward>(grad, in_layout_of(v, grad), g, rows, dr, {&grad});
+    run_backward(grad, in_layout_of(v, grad), g, rows, dr, {&grad});
     grad.unsafeGetTensorImpl()->bump_version();
   }
   return dr;

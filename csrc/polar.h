@@ -77,7 +77,8 @@ struct RowScale : Forward {
   template <class A> WN_INLINE void finish(int64_t row, const A* result) const { scale.set(row, result[0]); }
 };
 
-// From v and G: dL/dv = (s/n)(G - p t), and dL/dr = p (SWN) or s p (EWN). A zero row has zero gradients.
+// From v and G: dL/dv = (s/n)(G - p t), and dL/dr = p (SWN) or s p (EWN). A zero row has zero gradients. Without an output
+// dL/dr alone, for a v that needs no gradient.
 struct Backward {
   static constexpr int inputs = 2, gram_inputs = 2, outputs = 1, coefficients = 2, residuals = 0, results = 1;
   Kind kind;
@@ -99,12 +100,6 @@ struct Backward {
   template <class A> WN_INLINE bool exact(const A* c) const { return full_precision(c[0]); }
   template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) { y[0] = c[0] * (x[1] - c[1] * x[0]); }
   template <class A> WN_INLINE void finish(int64_t row, const A* result) const { radius_gradient.set(row, result[0]); }
-};
-
-// dL/dr alone, for a v that needs no gradient.
-struct RadiusBackward : Backward {
-  static constexpr int outputs = 0;
-  template <class A> static WN_INLINE void combine(const A*, const A*, A*) {}
 };
 
 }  // namespace wn

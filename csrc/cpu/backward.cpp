@@ -12,10 +12,4 @@ template <> void run<Backward>(const Problem<Backward>& problem) {
   });
 }
 
-template <> void run<RadiusBackward>(const Problem<RadiusBackward>& problem) {
-  dispatch_pair(problem.in_type[0], problem.in_type[1], [&](auto v, auto g) {
-    run_typed<RadiusBackward, Types<typename decltype(v)::type, typename decltype(g)::type>, Types<>>(problem);
-  });
-}
-
 }  // namespace wn::cpu

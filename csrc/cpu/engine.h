@@ -276,6 +276,7 @@ __attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const
   for (double& q : c) q = finite(q);
   problem.formula.finish(row, result);
   if constexpr (Formula::outputs > 0) {
+    if (problem.out[0] == nullptr) return true;
     for_row([&](int64_t at) {
       double x[Formula::inputs], y[kOutputs<Formula>];
       load(at, x);
@@ -324,7 +325,7 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
   }
   if (redone()) return false;
   problem.formula.finish(row, result);
-  return Formula::outputs > 0;
+  return Formula::outputs > 0 && problem.out[0] != nullptr;
 }
 
 template <class Formula, class E>

@@ -7,7 +7,8 @@ template <class Body> void with_signature(const Problem<Backward>& problem, Body
   dispatch_pair(problem.in_type[0], problem.in_type[1], [&](auto v, auto w) {
     using V = typename decltype(v)::type;
     using W = typename decltype(w)::type;
-    if (problem.out_type[0] == problem.in_type[0]) body(Signature<Backward, Types<V, W>, Types<V>>{});
+    if (problem.out[0] == nullptr || problem.out_type[0] == problem.in_type[0])
+      body(Signature<Backward, Types<V, W>, Types<V>>{});
     else if (problem.out_type[0] == problem.in_type[1]) body(Signature<Backward, Types<V, W>, Types<W>>{});
     else
       throw std::runtime_error(std::string("wnkernels: no kernel for a gradient of v in ") + name(problem.out_type[0]) +
@@ -15,15 +16,7 @@ template <class Body> void with_signature(const Problem<Backward>& problem, Body
   });
 }
 
-template <class Body> void with_signature(const Problem<RadiusBackward>& problem, Body&& body) {
-  dispatch_pair(problem.in_type[0], problem.in_type[1], [&](auto v, auto w) {
-    body(Signature<RadiusBackward, Types<typename decltype(v)::type, typename decltype(w)::type>, Types<>>{});
-  });
-}
-
 template int64_t workspace_bytes(const Problem<Backward>&);
-template int64_t workspace_bytes(const Problem<RadiusBackward>&);
 template void run(const Problem<Backward>&, void*, void*);
-template void run(const Problem<RadiusBackward>&, void*, void*);
 
 }  // namespace wn::cuda

@@ -170,6 +170,7 @@ WN_DEVICE void combine_pack(const Problem<typename S::Formula>& problem, const P
   using A = typename S::Sum;
   constexpr int pack = S::pack;
   if constexpr (S::outputs > 0) {
+    if (problem.out[0] == nullptr) return;
     Words out[S::outputs] = {};
 #pragma unroll
     for (int e = 0; e < pack; ++e) {
@@ -773,7 +774,7 @@ template <class S> Facts facts_of(const Problem<typename S::Formula>& problem, b
   Facts facts{};
   facts.layout = problem.layout;
   facts.inputs = S::inputs;
-  facts.outputs = S::outputs;
+  facts.outputs = problem.out[0] == nullptr ? 0 : S::outputs;
   facts.gram = S::gram_size;
   facts.coefficients = S::coefficients;
   facts.pack = S::pack;
@@ -787,7 +788,7 @@ template <class S> Facts facts_of(const Problem<typename S::Formula>& problem, b
   facts.aligned = true;
   for (int k = 0; k < S::inputs; ++k)
     facts.aligned = facts.aligned && off_grid(problem.in[k], S::In::size[k]) == facts.misalignment;
-  for (int l = 0; l < S::outputs; ++l)
+  for (int l = 0; l < facts.outputs; ++l)
     facts.aligned = facts.aligned && off_grid(problem.out[l], S::Out::size[l]) == facts.misalignment;
   return facts;
 }
@@ -804,8 +805,9 @@ void launch_split(const Problem<typename S::Formula>& problem, const Plan& plan,
          columns ? column_partial_kernel<R> : row_partial_kernel<R>, source, plan, workspace.partial);
   launch("split: coefficients", per_row, stream, solve_kernel<typename S::Formula, R>, problem, plan, memory);
   if constexpr (S::outputs > 0)
-    launch(columns ? "columns, split: outputs" : "rows, split: outputs", plan.shape, stream,
-           columns ? column_combine_kernel<S> : row_combine_kernel<S>, problem, plan, memory);
+    if (problem.out[0] != nullptr)
+      launch(columns ? "columns, split: outputs" : "rows, split: outputs", plan.shape, stream,
+             columns ? column_combine_kernel<S> : row_combine_kernel<S>, problem, plan, memory);
 }
 
 // More blocks than a grid can have take several launches.

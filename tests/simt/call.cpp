@@ -18,7 +18,7 @@ template <class F> void run(const Call& call, const F& formula) {
     problem.in[1] = call.gradient;
     problem.in_type[1] = static_cast<wn::DType>(call.gradient_type);
   }
-  problem.out[0] = call.out;
+  problem.out[0] = call.formula == radius_backward ? nullptr : call.out;
   problem.out_type[0] = static_cast<wn::DType>(call.out_type);
   const int64_t bytes = call.workspace ? wn::cuda::workspace_bytes(problem) : 0;
   const std::unique_ptr<char[]> workspace(bytes > 0 ? new char[bytes] : nullptr);
@@ -48,9 +48,9 @@ extern "C" const char* simt_call(const Call* call) {
       case row_norm: run(*call, wn::RowNorm{result}); break;
       case row_scale: run(*call, with(of_radius<wn::RowScale>(*call), &wn::RowScale::scale, result)); break;
       case forward: run(*call, of_radius<wn::Forward>(*call)); break;
-      case backward: run(*call, with(of_radius<wn::Backward>(*call), &wn::Backward::radius_gradient, result)); break;
+      case backward:
       case radius_backward:
-        run(*call, with(of_radius<wn::RadiusBackward>(*call), &wn::Backward::radius_gradient, result));
+        run(*call, with(of_radius<wn::Backward>(*call), &wn::Backward::radius_gradient, result));
         break;
       default: error = "simt: unknown formula";
     }
