@@ -77,6 +77,7 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   Tensor y = at::empty(shape, x.options());
   if (x.is_meta()) return {y, at::empty({rows, batch}, x.options())};
   const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor z = at::mm(weight, as_matrix(x).t());
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "in_backward_linear", [&] {
     const scalar_t* const from = z.const_data_ptr<scalar_t>();
@@ -295,6 +296,7 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   if (x.is_meta()) return need_x ? at::empty_like(x) : at::empty({0}, x.options());
 
   const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto pointer = [](const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr<double>() : nullptr; };
   Arguments a{as_matrix(grad), as_matrix(x), {}, weight, scale.value_or(Tensor()), bias.value_or(Tensor()), {}, numbers[kBiasLr],
               numbers[kBiasWeightDecay], maximize ? -1.0 : 1.0, polar, need_x, false, refresh};
