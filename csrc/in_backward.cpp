@@ -12,7 +12,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -75,7 +74,6 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
   Tensor y = at::empty(shape, x.options());
-  if (x.is_meta()) return {y, at::empty({rows, batch}, x.options())};
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor z = at::mm(weight, as_matrix(x).t());
@@ -293,7 +291,6 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
                       "z must be contiguous of the weight's dtype and of shape (", rows, ", ", batch, "), got ",
                       z->scalar_type(), " of ", z->sizes());
   const Kind k = !polar || kind == "swn" ? Kind::swn : kind == "unit" ? Kind::unit : parse_kind(kind);
-  if (x.is_meta()) return need_x ? at::empty_like(x) : at::empty({0}, x.options());
 
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -312,9 +309,20 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   return need_x ? dx.view(x.sizes()) : at::empty({0}, x.options());
 }
 
-void register_in_backward(torch::Library& m) {
-  m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
-  m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
+std::tuple<Tensor, Tensor> in_backward_linear_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&,
+                                                   const std::optional<Tensor>&) {
+  c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
+  c10::SymInt batch = 1;
+  for (const auto& size : shape) batch = batch * size;
+  shape.push_back(weight.sym_size(0));
+  return {at::empty_symint(shape, x.options()), at::empty_symint({weight.sym_size(0), batch}, x.options())};
+}
+
+Tensor in_backward_sgd_meta(const Tensor&, const Tensor& x, const std::optional<Tensor>&, const Tensor&,
+                            const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                            const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                            string_view, at::ArrayRef<double>, bool, bool, bool, bool need_x) {
+  return need_x ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
 }
 
 }  // namespace
@@ -326,8 +334,14 @@ TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
         "bool maximize, bool keep_norm, bool refresh, bool need_x) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_in_backward(m); }
-TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_in_backward(m); }
+TORCH_LIBRARY_IMPL(wnkernels, CPU, m) {
+  m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
+  m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
+}
+TORCH_LIBRARY_IMPL(wnkernels, Meta, m) {
+  m.impl("in_backward_linear", TORCH_FN(in_backward_linear_meta));
+  m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_meta));
+}
 
 namespace op {
 std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,

@@ -29,7 +29,6 @@ to reset. A parameter that was kept in a variable is true after ``inside.fold()`
 the next forward. ``copy.deepcopy`` and pickles of the model are plain.
 """
 
-import copyreg
 from collections import ChainMap
 
 import torch
@@ -79,6 +78,7 @@ class InBackward:
                 if p.grad is not None:
                     raise RuntimeError(f"parameter {optimizer._name(group, index)!r} has a gradient: step or clear it first")
         self.stepped = dict.fromkeys(self.places, -1)  # `steps` at the last step of a parameter
+        self.run = torch.compiler.disable(_Layer.forward)  # what a graph cannot hold
         self.layers: dict[Tensor, _Layer] = {}
         for weight, module in self._linear_layers(model).items():
             self.layers[weight] = _Layer(self, module)
@@ -217,20 +217,22 @@ class _Parameters(dict):
         return super().items()
 
 
+def reduced_to_plain(module: nn.Module, plain: type[nn.Module], own: str) -> tuple:
+    """``__reduce_ex__`` of a layer whose copies and pickles are torch's: `own` is the attribute that stays behind."""
+    attributes = {name: value for name, value in module.__dict__.items() if name != own}
+    attributes["_parameters"] = dict(module._parameters.items())
+    return object.__new__, (plain,), attributes
+
+
 class _Linear(nn.Linear):
     """A Linear whose weight is stepped inside its backward; `_Layer` does the work."""
 
     def forward(self, input: Tensor) -> Tensor:
         layer = self.__dict__["_layer"]
-        raw = self._parameters.raw
-        if raw("weight") is not layer.weight:  # replaced, or called with other parameters: a plain layer
-            return F.linear(input, self.weight, self.bias)
-        return layer.forward(input, raw("bias"))
+        return layer.inside.run(layer, input)
 
     def __reduce_ex__(self, protocol):
-        attributes = {name: value for name, value in self.__dict__.items() if name != "_layer"}
-        attributes["_parameters"] = dict(self._parameters.items())
-        return copyreg.__newobj__, (nn.Linear,), attributes
+        return reduced_to_plain(self, nn.Linear, "_layer")
 
 
 class _Use:
@@ -322,8 +324,11 @@ class _Layer:
 
     # --------------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.weight
+    def forward(self, x: Tensor) -> Tensor:
+        weight, raw = self.weight, self.module._parameters.raw
+        if raw("weight") is not weight:  # replaced, or called with other parameters: a plain layer
+            return F.linear(x, self.module.weight, self.module.bias)
+        bias = raw("bias")
         if self.stale or weight._version != self.mark[0] or weight.data_ptr() != self.mark[1]:
             self._reread()
         if torch.is_grad_enabled():

@@ -46,13 +46,16 @@ from torch.optim.sgd import sgd
 
 from . import functional, parametrize
 from . import nn as layers
+from .autocast_copy import AutocastCopies, autocast_copy
 from .in_backward import InBackward, in_backward
 
 __all__ = [
+    "AutocastCopies",
     "InBackward",
     "PolarAdam",
     "PolarAdamW",
     "PolarSGD",
+    "autocast_copy",
     "describe",
     "from_parametrized",
     "in_backward",
@@ -118,6 +121,7 @@ class _Bucket:
     def __init__(self) -> None:
         self.indices, self.params, self.states, self.weights, self.dims = [], [], [], [], []
         self.copies = self.marks = self.telemetry = None
+        self.rounded = []  # the objects of the optimizer's _copies, whose tensors are the copies
         self.buffers: dict[str, list[Tensor]] = {}  # by their name in the state
         self.first = False  # the buffers are fresh, and not yet in the states
         self.step = None  # of Adam: one count on the device, shared by the states
@@ -150,6 +154,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
     # GradScaler hands the scale and its verdict over as the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
     _inside = None  # the InBackward that takes the steps
+    _copies: dict = {}  # weight -> its 16-bit copy, of autocast_copy
 
     def __init__(self, params, defaults: dict) -> None:
         self._forget()
@@ -261,13 +266,16 @@ class _PolarOptimizer(torch.optim.Optimizer):
                 plan.plain.append(index)
                 continue
             state = self._ready(group, index)
-            where = (p.dtype, grad.dtype, p.device, *self._age(state, group))
+            copied = self._copies.get(p)
+            where = (p.dtype, grad.dtype, p.device, copied is not None, *self._age(state, group))
             bucket = buckets.setdefault(where, _Bucket())
             bucket.indices.append(index)
             bucket.params.append(p)
             bucket.states.append(state)
             bucket.weights.append(state.get("master", p))
             bucket.dims.append(group["dim"])
+            if copied is not None:
+                bucket.rounded.append(copied)
         for bucket in buckets.values():
             bucket.radius, bucket.norm = bucket.column("radius"), bucket.column("norm")
             if bucket.params[0].dtype in LOW_PRECISION:
@@ -350,7 +358,11 @@ class _PolarOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = self._scaling(bucket.params[0].device)
         if bucket.first and found_inf is not None and found_inf.item():
             return  # the next step is the first one; later ones ask the device, and do not wait for it
-        if bucket.copies is not None:
+        before = None
+        if bucket.rounded:
+            before = [p._version for p in bucket.params]
+            bucket.copies = [copied.buffer() for copied in bucket.rounded]
+        elif bucket.copies is not None:
             marks = [_mark(p) for p in bucket.params]
             if marks != bucket.marks:
                 bucket.reread(marks)
@@ -372,7 +384,11 @@ class _PolarOptimizer(torch.optim.Optimizer):
             copies=bucket.copies,
             telemetry=bucket.telemetry,
         )
-        if bucket.copies is not None:
+        if bucket.rounded:
+            for copied, p, version in zip(bucket.rounded, bucket.params, before):
+                if p._version != version:  # not skipped for found_inf
+                    copied.mark = _mark(p)
+        elif bucket.copies is not None:
             bucket.marks = [_mark(p) for p in bucket.params]
         if bucket.first:
             for i, state in enumerate(bucket.states):
