@@ -4,7 +4,7 @@
 // G = dy^T x, p = <G, v>/n and k = s/n the step of SGD on v, v' = (1 - lr decay) v - lr k (G - p v/n), is
 //   rho' = c rho, c = 1 - lr decay + lr k p/n;   u' = u - (lr k/rho') G,
 // one in-place product u += e^T x with e = -(lr k/rho') dy. Nothing else of the weight's size is read or written:
-//   z = u x^T, which the forward makes anyway, gives <G, u> = sum_b dy z;
+//   z = x u^T, which the forward makes anyway, gives <G, u> = sum_b dy z;
 //   |G|^2 = sum_b dy (x x^T dy) gives n'^2 = ((1 - lr decay) n)^2 + (lr k)^2 (|G|^2 - p^2).
 // A row whose |rho'| leaves [1/2, 2] is multiplied by it first, and has rho' = 1 then; c may be anything, 0 too.
 #include <ATen/Dispatch.h>
@@ -25,7 +25,7 @@ namespace {
 enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBiasWeightDecay, kNumbers };
 
 // Rows of one tile are worked on together, element by element.
-constexpr int64_t kTile = 16;
+constexpr int kTile = 16;
 
 // Batches up to this size leave a weight's block of rows in cache between the product that reads it for dx and the one
 // that updates it: blocks save a pass over the weight. Larger ones are bound by arithmetic, and want large products.
@@ -65,37 +65,60 @@ void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tens
   }
 }
 
-// y = (x u^T) scale + bias, and z = u x^T, (rows, batch). In this orientation the product of a small batch is the
-// quicker one, and turning it around costs no pass of its own.
+// Rows from, from + 1, ... of u x^T, (rows, batch), into columns of z and y = z scale + bias, (batch, rows).
+template <class T, int width> struct Turn {
+  const T *product, *scale, *bias;
+  T *z, *y;
+  int64_t rows, batch;
+
+  void operator()(int64_t from) const {
+    T factor[width], shift[width];
+    for (int j = 0; j < width; ++j) {
+      factor[j] = scale ? scale[from + j] : T(1);
+      shift[j] = bias ? bias[from + j] : T(0);
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      T value[width];
+      for (int j = 0; j < width; ++j) value[j] = product[(from + j) * batch + b];
+      const int64_t at = b * rows + from;
+      if (z)
+        for (int j = 0; j < width; ++j) z[at + j] = value[j];
+      for (int j = 0; j < width; ++j) y[at + j] = value[j] * factor[j] + shift[j];
+    }
+  }
+};
+
+// Calls tile(row) for tiles of rows, and single(row) for the rows that are left over.
+template <class Tile, class Single> void for_tiles(int64_t rows, int64_t batch, const Tile& tile, const Single& single) {
+  at::parallel_for(0, (rows + kTile - 1) / kTile, 1 + 16384 / (kTile * (batch + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if ((i + 1) * kTile <= rows)
+        tile(i * kTile);
+      else
+        for (int64_t u = i * kTile; u < rows; ++u) single(u);
+    }
+  });
+}
+
+// y = z scale + bias, and z = x u^T where it is needed. The product is made as u x^T: in
+// this orientation that of a small batch is the quicker one, and it is turned around in the pass that scales it.
 std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                                              const std::optional<Tensor>& bias) {
+                                              const std::optional<Tensor>& bias, bool need_z) {
   check_layer(x, weight, scale, bias);
   const int64_t rows = weight.size(0), batch = batch_of(x);
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
-  Tensor y = at::empty(shape, x.options());
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Tensor z = at::mm(weight, as_matrix(x).t());
-  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "in_backward_linear", [&] {
-    const scalar_t* const from = z.const_data_ptr<scalar_t>();
-    const scalar_t* const s = scale ? scale->const_data_ptr<scalar_t>() : nullptr;
-    const scalar_t* const a = bias ? bias->const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* const to = y.mutable_data_ptr<scalar_t>();
-    const int64_t tiles = (rows + kTile - 1) / kTile;
-    at::parallel_for(0, tiles, 1 + 32768 / (kTile * (batch + 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t u = i * kTile, count = std::min(kTile, rows - u);
-        scalar_t factor[kTile], shift[kTile];
-        for (int64_t j = 0; j < count; ++j) {
-          factor[j] = s ? s[u + j] : scalar_t(1);
-          shift[j] = a ? a[u + j] : scalar_t(0);
-        }
-        for (int64_t b = 0; b < batch; ++b)
-          for (int64_t j = 0; j < count; ++j)
-            to[b * rows + u + j] = from[(u + j) * batch + b] * factor[j] + shift[j];
-      }
-    });
+  const Tensor y = at::empty(shape, x.options()), z = at::empty({need_z ? batch : 0, rows}, x.options());
+  const Tensor product = at::mm(weight, as_matrix(x).t());
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "in_backward_linear", [&] {
+    const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
+    const Turn<scalar_t, kTile> tile{product.const_data_ptr<scalar_t>(), data(scale), data(bias),
+                                     need_z ? z.mutable_data_ptr<scalar_t>() : nullptr,
+                                     y.mutable_data_ptr<scalar_t>(), rows, batch};
+    const Turn<scalar_t, 1> single{tile.product, tile.scale, tile.bias, tile.z, tile.y, rows, batch};
+    for_tiles(rows, batch, tile, single);
   });
   return {y, z};
 }
@@ -163,96 +186,111 @@ struct RowStep {
 };
 
 struct Arguments {
-  Tensor dy, x, z, weight, scale, bias;  // dy (batch, rows) and x (batch, width) contiguous; undefined where absent
+  Tensor dy, x, z, weight, scale, bias;  // dy, z (batch, rows) and x (batch, width) contiguous; undefined where absent
   RowState state;
   double bias_lr, bias_weight_decay, sign;
   bool polar, need_x, measure, refresh;
 };
 
-// The step of the rows first..first+rows-1; adds their part of dx to `dx`.
-template <class T> void step_rows(const Arguments& a, const Tensor& gram, int64_t first, int64_t rows, Tensor& dx) {
-  const int64_t batch = a.dy.size(0), stride = a.dy.size(1);
+// The scalar work of rows from, from + 1, ...
+template <class T, int width> struct Prepare {
+  const Arguments& a;
+  int64_t rows, batch;
+  const T *dy, *z, *scale;
+  T* bias;
+  T* of_x;       // dy scale, what is multiplied by u for dx; null if not needed
+  T* of_weight;  // x x^T dy where known, and becomes e, what is multiplied by x for u'
+  bool known;
+  RowStep* steps;
+
+  void operator()(int64_t from) const {
+    double inner[width] = {}, square[width] = {}, sum[width] = {};
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = b * rows + from;
+      for (int j = 0; j < width; ++j) sum[j] += dy[at + j];
+      if (a.polar)
+        for (int j = 0; j < width; ++j) inner[j] += double(dy[at + j]) * double(z[at + j]);
+      if (known)
+        for (int j = 0; j < width; ++j) square[j] += double(dy[at + j]) * double(of_weight[at + j]);
+    }
+    if (bias)
+      for (int j = 0; j < width; ++j)
+        bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
+    if (!a.polar) return;
+    T old[width], factor[width];
+    for (int j = 0; j < width; ++j) {
+      if (!known) square[j] = std::numeric_limits<double>::infinity();
+      steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], square[j]);
+      old[j] = scale[from + j];
+      factor[j] = static_cast<T>(a.sign * steps[from + j].factor);
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = b * rows + from;
+      T g[width];
+      for (int j = 0; j < width; ++j) g[j] = dy[at + j];
+      if (of_x)
+        for (int j = 0; j < width; ++j) of_x[at + j] = g[j] * old[j];
+      for (int j = 0; j < width; ++j) of_weight[at + j] = g[j] * factor[j];
+    }
+  }
+};
+
+// Adds to dx what the rows first..first + rows - 1 give, and updates them.
+template <class T>
+void step_rows(const Arguments& a, const Tensor& of_x, const Tensor& of_weight, const RowStep* steps, int64_t first,
+               int64_t rows, Tensor& dx) {
   Tensor weight = a.weight.narrow(0, first, rows);
-  const Tensor dy = a.dy.narrow(1, first, rows);
-  Tensor of_x = dy, of_weight;  // what is multiplied by u for dx, by x for u'
-  std::vector<RowStep> steps(a.polar ? rows : 0);
-  Tensor squares;
-  if (a.polar) {
-    of_x = a.need_x ? at::empty({batch, rows}, dy.options()) : Tensor();
-    of_weight = at::empty({batch, rows}, dy.options());
-    if (gram.defined()) squares = at::mm(gram, dy);
-  }
-  T* const scale = a.polar ? a.scale.mutable_data_ptr<T>() + first : nullptr;
-  const T* const d = a.dy.const_data_ptr<T>() + first;
-  if (a.polar || a.bias.defined()) {
-    const T* const z = a.polar ? a.z.const_data_ptr<T>() + first * batch : nullptr;
-    const T* const h = squares.defined() ? squares.const_data_ptr<T>() : nullptr;
-    T* const ex = a.polar && a.need_x ? of_x.mutable_data_ptr<T>() : nullptr;
-    T* const ew = a.polar ? of_weight.mutable_data_ptr<T>() : nullptr;
-    T* const bias = a.bias.defined() ? a.bias.mutable_data_ptr<T>() + first : nullptr;
-    at::parallel_for(0, (rows + kTile - 1) / kTile, 1 + 16384 / (kTile * (batch + 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t u = i * kTile, count = std::min(kTile, rows - u);
-        double inner[kTile] = {}, square[kTile] = {}, sum[kTile] = {};
-        for (int64_t b = 0; b < batch; ++b)
-          for (int64_t j = 0; j < count; ++j) {
-            const double g = d[b * stride + u + j];
-            sum[j] += g;
-            if (z != nullptr) inner[j] += g * z[(u + j) * batch + b];
-            if (h != nullptr) square[j] += g * h[b * rows + u + j];
-          }
-        if (bias != nullptr)
-          for (int64_t j = 0; j < count; ++j)
-            bias[u + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[u + j]));
-        if (!a.polar) continue;
-        T old[kTile], factor[kTile];
-        for (int64_t j = 0; j < count; ++j) {
-          const double known = h != nullptr ? square[j] : std::numeric_limits<double>::infinity();
-          steps[u + j] = RowStep::of(a.state, first + u + j, a.sign * inner[j], known);
-          old[j] = scale[u + j];
-          factor[j] = static_cast<T>(a.sign * steps[u + j].factor);
-        }
-        for (int64_t b = 0; b < batch; ++b)
-          for (int64_t j = 0; j < count; ++j) {
-            const T g = d[b * stride + u + j];
-            if (ex != nullptr) ex[b * rows + u + j] = g * old[j];
-            ew[b * rows + u + j] = g * factor[j];
-          }
-      }
-    });
-  }
-  if (a.need_x) dx.addmm_(of_x, weight);
+  if (a.need_x) dx.addmm_(of_x.narrow(1, first, rows), weight);
   if (!a.polar) {
-    weight.addmm_(dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
+    weight.addmm_(a.dy.narrow(1, first, rows).t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
     return;
   }
   bool measured = a.measure || a.refresh;
-  for (int64_t u = 0; u < rows; ++u) {
+  for (int64_t u = first; u < first + rows; ++u) {
     measured = measured || !std::isfinite(steps[u].n);
-    if (steps[u].fold != 1) weight.select(0, u).mul_(steps[u].fold);
+    if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
   }
-  weight.addmm_(of_weight.t(), a.x);
+  weight.addmm_(of_weight.narrow(1, first, rows).t(), a.x);
   const Tensor length = measured ? op::row_norm(weight, 0).to(at::kDouble) : Tensor();
-  for (int64_t u = 0; u < rows; ++u)
+  T* const scale = a.scale.mutable_data_ptr<T>();
+  for (int64_t u = first; u < first + rows; ++u)
     scale[u] = static_cast<T>(
-        steps[u].finish(a.state, first + u, measured ? length.const_data_ptr<double>()[u] : -1));
+        steps[u].finish(a.state, u, measured ? length.const_data_ptr<double>()[u - first] : -1));
 }
 
 template <class T> Tensor run(const Arguments& a) {
   const int64_t batch = a.dy.size(0), rows = a.weight.size(0), threads = at::get_num_threads();
-  const Tensor gram = a.polar && !a.measure ? at::mm(a.x, a.x.t()) : Tensor();
+  const bool known = a.polar && !a.measure;
+  std::vector<RowStep> steps(a.polar ? rows : 0);
+  Tensor of_x = a.dy, of_weight;
+  if (a.polar) {
+    of_x = a.need_x ? at::empty_like(a.dy) : Tensor();
+    of_weight = known ? at::mm(at::mm(a.x, a.x.t()), a.dy) : at::empty_like(a.dy);
+  }
+  if (a.polar || a.bias.defined()) {
+    const Prepare<T, kTile> tile{a, rows, batch, a.dy.const_data_ptr<T>(), a.polar ? a.z.const_data_ptr<T>() : nullptr,
+                                 a.polar ? a.scale.const_data_ptr<T>() : nullptr,
+                                 a.bias.defined() ? a.bias.mutable_data_ptr<T>() : nullptr,
+                                 a.polar && a.need_x ? of_x.mutable_data_ptr<T>() : nullptr,
+                                 a.polar ? of_weight.mutable_data_ptr<T>() : nullptr, known, steps.data()};
+    const Prepare<T, 1> single{a, rows, batch, tile.dy, tile.z, tile.scale, tile.bias,
+                               tile.of_x, tile.of_weight, known, steps.data()};
+    for_tiles(rows, batch, tile, single);
+  }
+
   const bool blocks = batch <= kBlockBatch && a.weight.numel() >= kBlockElements && rows >= 2 * kBlockRows * threads;
-  Tensor parts = a.need_x ? at::zeros({blocks ? threads : 1, batch, a.weight.size(1)}, a.x.options()) : Tensor();
+  const Tensor parts =
+      a.need_x ? at::zeros({blocks ? threads : 1, batch, a.weight.size(1)}, a.x.options()) : Tensor();
   Tensor dx = a.need_x ? parts[0] : Tensor();
   if (!blocks) {
-    step_rows<T>(a, gram, 0, rows, dx);
+    step_rows<T>(a, of_x, of_weight, steps.data(), 0, rows, dx);
     return dx;
   }
   at::parallel_for(0, (rows + kBlockRows - 1) / kBlockRows, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below;  // dispatch state is the thread's
     Tensor part = a.need_x ? parts[at::get_thread_num()] : Tensor();
     for (int64_t i = begin; i < end; ++i)
-      step_rows<T>(a, gram, i * kBlockRows, std::min(kBlockRows, rows - i * kBlockRows), part);
+      step_rows<T>(a, of_x, of_weight, steps.data(), i * kBlockRows, std::min(kBlockRows, rows - i * kBlockRows), part);
   });
   for (int64_t t = 1; a.need_x && t < threads; ++t) dx.add_(parts[t]);
   return dx;
@@ -286,9 +324,9 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   check_state("norm", norm, 1);
   check_state("telemetry", telemetry, 5);
   if (z)
-    TORCH_CHECK_VALUE(z->dim() == 2 && z->size(0) == rows && z->size(1) == batch && z->is_contiguous() &&
+    TORCH_CHECK_VALUE(z->dim() == 2 && z->size(0) == batch && z->size(1) == rows && z->is_contiguous() &&
                           z->scalar_type() == weight.scalar_type(),
-                      "z must be contiguous of the weight's dtype and of shape (", rows, ", ", batch, "), got ",
+                      "z must be contiguous of the weight's dtype and of shape (", batch, ", ", rows, "), got ",
                       z->scalar_type(), " of ", z->sizes());
   const Kind k = !polar || kind == "swn" ? Kind::swn : kind == "unit" ? Kind::unit : parse_kind(kind);
 
@@ -300,7 +338,7 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   a.state = {pointer(rho), pointer(radius), pointer(norm), pointer(telemetry), k, keep_norm, weight.size(1) == 1,
              numbers[kLr], numbers[kRadiusLr], numbers[kWeightDecay], numbers[kRadiusWeightDecay]};
   a.measure = polar && !telemetry && !gram_is_cheaper(batch, rows, weight.size(1));
-  if (polar) a.z = z ? *z : at::mm(weight, a.x.t());
+  if (polar) a.z = z ? *z : at::mm(a.x, weight.t());
   Tensor dx;
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "in_backward_sgd_", [&] { dx = run<scalar_t>(a); });
   weight.unsafeGetTensorImpl()->bump_version();
@@ -310,12 +348,13 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
 }
 
 std::tuple<Tensor, Tensor> in_backward_linear_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&,
-                                                   const std::optional<Tensor>&) {
+                                                   const std::optional<Tensor>&, bool need_z) {
   c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
   c10::SymInt batch = 1;
   for (const auto& size : shape) batch = batch * size;
   shape.push_back(weight.sym_size(0));
-  return {at::empty_symint(shape, x.options()), at::empty_symint({weight.sym_size(0), batch}, x.options())};
+  return {at::empty_symint(shape, x.options()),
+          at::empty_symint({need_z ? batch : c10::SymInt(0), weight.sym_size(0)}, x.options())};
 }
 
 Tensor in_backward_sgd_meta(const Tensor&, const Tensor& x, const std::optional<Tensor>&, const Tensor&,
@@ -328,7 +367,8 @@ Tensor in_backward_sgd_meta(const Tensor&, const Tensor& x, const std::optional<
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
-  m.def("in_backward_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> (Tensor, Tensor)");
+  m.def("in_backward_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool need_z) -> (Tensor, "
+        "Tensor)");
   m.def("in_backward_sgd_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
         "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!)? telemetry, str kind, float[] numbers, "
         "bool maximize, bool keep_norm, bool refresh, bool need_x) -> Tensor");
@@ -345,11 +385,11 @@ TORCH_LIBRARY_IMPL(wnkernels, Meta, m) {
 
 namespace op {
 std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                                              const std::optional<Tensor>& bias) {
+                                              const std::optional<Tensor>& bias, bool need_z) {
   static const auto handle = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("wnkernels::in_backward_linear", "")
                                  .typed<decltype(op::in_backward_linear)>();
-  return handle.call(x, weight, scale, bias);
+  return handle.call(x, weight, scale, bias, need_z);
 }
 Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
                         const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,

@@ -71,7 +71,7 @@ void polar_adam_(at::TensorList weights, at::TensorList grads, at::TensorList ra
 // A linear layer with the SGD step inside its backward: csrc/in_backward.cpp.
 std::tuple<at::Tensor, at::Tensor> in_backward_linear(const at::Tensor& x, const at::Tensor& weight,
                                                       const std::optional<at::Tensor>& scale,
-                                                      const std::optional<at::Tensor>& bias);
+                                                      const std::optional<at::Tensor>& bias, bool need_z);
 at::Tensor in_backward_sgd_(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& z,
                             const at::Tensor& weight, const std::optional<at::Tensor>& scale,
                             const std::optional<at::Tensor>& rho, const std::optional<at::Tensor>& radius,

@@ -393,7 +393,7 @@ def arguments(**changes):
     (dict(norm=torch.ones(4).double()), ValueError, "norm must be contiguous with 3"),
     (dict(radius=None), ValueError, "radius must be given with scale"),
     (dict(scale=None), ValueError, "rho must be given with scale"),
-    (dict(z=torch.ones(2, 3)), ValueError, "z must be contiguous"),
+    (dict(z=torch.ones(3, 2)), ValueError, "z must be contiguous"),
     (dict(bias=torch.zeros(2)), ValueError, "bias must be contiguous of shape"),
     (dict(telemetry=torch.zeros(3, 4).double()), ValueError, "telemetry must be contiguous with 15"),
     (dict(numbers=[0.1] * 5), ValueError, "numbers must have 6"),
@@ -413,7 +413,7 @@ def test_opcheck():
     given = arguments()
     torch.library.opcheck(torch.ops.wnkernels.in_backward_sgd_.default, tuple(given.values()))
     torch.library.opcheck(torch.ops.wnkernels.in_backward_linear.default,
-                          tuple(given[name] for name in ("x", "weight", "scale", "bias")))
+                          (*(given[name] for name in ("x", "weight", "scale", "bias")), True))
 
 
 # ------------------------------------------------------------------------------------------- graphs, and what is refused

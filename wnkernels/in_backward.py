@@ -334,10 +334,10 @@ class _Layer:
         if torch.is_grad_enabled():
             _refuse_processes()
             return _Step.apply(x, weight, bias, self)
-        return self.linear(x, bias)[0]
+        return self.linear(x, bias, False)[0]
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """y, and what the backward needs: x, and u x^T, or under autocast both x and w in the lower type."""
+    def linear(self, x: Tensor, bias: Tensor | None, need_z: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """y, and what the backward needs: x, and x u^T, or under autocast both x and w in the lower type."""
         weight, scale = self.weight, None if self.folded else self.scale
         if torch._C._is_any_autocast_enabled() and weight.dtype == torch.float32:
             device = weight.device.type
@@ -347,8 +347,8 @@ class _Layer:
                 w.copy_(weight) if scale is None else torch.mul(weight, scale.unsqueeze(1), out=w)
                 x = x.to(low)
                 return F.linear(x, w, None if bias is None else bias.to(low)), x, w
-        y, z = _C.in_backward_linear(x, weight, scale, bias)
-        return y, x, None if self.kind is None else z
+        y, z = _C.in_backward_linear(x, weight, scale, bias, need_z)
+        return y, x, z if need_z else None
 
     # -------------------------------------------------------------------------------------------------------- backward
 
@@ -377,7 +377,7 @@ class _Layer:
         if low:
             dy, x = dy.to(weight.dtype), x.to(weight.dtype)
         if low or use.folded != self.folded:
-            saved = None  # not the u x^T of this u: made again
+            saved = None  # not the x u^T of this u: made again
         bias, bias_group = self.module._parameters.raw("bias"), None
         stepped_bias = needs[2] and bias in inside.places
         if stepped_bias:
@@ -414,7 +414,7 @@ class _Layer:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
-        y, *saved = layer.linear(x, bias)
+        y, *saved = layer.linear(x, bias, layer.kind is not None)
         ctx.layer, ctx.use, ctx.dtype = layer, _Use(layer), x.dtype
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
