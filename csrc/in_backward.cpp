@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -235,12 +236,12 @@ template <class T, int width> struct Prepare {
   }
 };
 
-// Adds to dx what the rows first..first + rows - 1 give, and updates them.
+// dx = kept dx + what the rows first..first + rows - 1 give to it; then updates them.
 template <class T>
 void step_rows(const Arguments& a, const Tensor& of_x, const Tensor& of_weight, const RowStep* steps, int64_t first,
-               int64_t rows, Tensor& dx) {
+               int64_t rows, Tensor& dx, double kept) {
   Tensor weight = a.weight.narrow(0, first, rows);
-  if (a.need_x) dx.addmm_(of_x.narrow(1, first, rows), weight);
+  if (a.need_x) dx.addmm_(of_x.narrow(1, first, rows), weight, kept);
   if (!a.polar) {
     weight.addmm_(a.dy.narrow(1, first, rows).t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
     return;
@@ -279,19 +280,20 @@ template <class T> Tensor run(const Arguments& a) {
   }
 
   const bool blocks = batch <= kBlockBatch && a.weight.numel() >= kBlockElements && rows >= 2 * kBlockRows * threads;
-  const Tensor parts =
-      a.need_x ? at::zeros({blocks ? threads : 1, batch, a.weight.size(1)}, a.x.options()) : Tensor();
-  Tensor dx = a.need_x ? parts[0] : Tensor();
   if (!blocks) {
-    step_rows<T>(a, of_x, of_weight, steps.data(), 0, rows, dx);
+    Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor();
+    step_rows<T>(a, of_x, of_weight, steps.data(), 0, rows, dx, 0);
     return dx;
   }
+  const Tensor parts = a.need_x ? at::zeros({threads, batch, a.weight.size(1)}, a.x.options()) : Tensor();
   at::parallel_for(0, (rows + kBlockRows - 1) / kBlockRows, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below;  // dispatch state is the thread's
     Tensor part = a.need_x ? parts[at::get_thread_num()] : Tensor();
     for (int64_t i = begin; i < end; ++i)
-      step_rows<T>(a, of_x, of_weight, steps.data(), i * kBlockRows, std::min(kBlockRows, rows - i * kBlockRows), part);
+      step_rows<T>(a, of_x, of_weight, steps.data(), i * kBlockRows, std::min(kBlockRows, rows - i * kBlockRows), part,
+                   1);
   });
+  Tensor dx = a.need_x ? parts[0] : Tensor();
   for (int64_t t = 1; a.need_x && t < threads; ++t) dx.add_(parts[t]);
   return dx;
 }

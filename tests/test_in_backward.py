@@ -196,9 +196,11 @@ def test_embeddings_and_tied_weights():
             super().__init__()
             self.embedding, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
             self.out.weight = self.embedding.weight
+            self.second = nn.Linear(6, 6)
+            self.second.bias = self.hidden.bias
 
         def forward(self, x):
-            return self.out(self.hidden(self.embedding(x)).tanh())
+            return self.out(self.second(self.hidden(self.embedding(x)).tanh()).tanh())
 
     plain, inside, _ = twins(Tied().double(), "ewn")
     assert type(inside[0].out) is nn.Linear and type(inside[0].hidden) is not nn.Linear

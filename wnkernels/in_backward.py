@@ -120,10 +120,11 @@ class InBackward:
         for module in model.modules():
             for p in module._parameters.values():
                 owners.setdefault(p, []).append(module)
+        self.tied = {p for p, modules in owners.items() if len(modules) > 1}
         found = {}
         for p, modules in owners.items():
             module = modules[0]
-            if len(modules) == 1 and type(module) is nn.Linear and p is module.weight and p in self.places:
+            if p not in self.tied and type(module) is nn.Linear and p is module.weight and p in self.places:
                 stepped = isinstance(self.optimizer, optim.PolarSGD) and _is_linear_step(self.group(p))
                 if stepped and p.dtype in (torch.float32, torch.float64) and p.is_cpu and p.is_contiguous() and p.numel():
                     found[p] = module
@@ -379,7 +380,7 @@ class _Layer:
         if low or use.folded != self.folded:
             saved = None  # not the x u^T of this u: made again
         bias, bias_group = self.module._parameters.raw("bias"), None
-        stepped_bias = needs[2] and bias in inside.places
+        stepped_bias = needs[2] and bias in inside.places and bias not in inside.tied
         if stepped_bias:
             bias_group = inside.group(bias)
             stepped_bias = _is_linear_step(bias_group) and bias_group["maximize"] == group["maximize"]
