@@ -7,15 +7,17 @@
     loss.backward()
     optimizer.step()
 
-Under autocast a plain layer reads its float32 weight and writes a 16-bit copy in every forward, and its 16-bit gradient is
-copied to float32 again. Here the step writes the copy in the pass that writes the weight, and, with ``low_gradients``,
-reads the 16-bit gradient as it is: 18 bytes for each element of a weight in a training step with SGD instead of 30. The
-numbers are the same: the copy is the weight rounded, and widening a gradient changes nothing. (Where a layer is used
-several times, torch adds its gradients in 16 bits, and here they add in float32.)
+Under autocast a plain layer reads its float32 weight and writes a 16-bit copy in every forward, and its
+16-bit gradient is copied to float32 again. Here the step writes the copy in the pass that writes the weight,
+and, with ``low_gradients``, reads the 16-bit gradient as it is: 18 bytes for each element of a weight in a
+training step with SGD instead of 30. The numbers are the same: the copy is the weight rounded, and widening a
+gradient changes nothing. (Where a layer is used several times, torch adds its gradients in 16 bits, and here
+they add in float32.)
 
-A weight that somebody else has written is rounded again in the next forward, which the tensor's version tells;
-``p.data`` and torch's fused optimizers hide their writing from it. Outside of autocast, under another autocast dtype and
-in transforms and compilers the layers do what torch's do. State dicts, deep copies and pickles know nothing of all this.
+A weight that somebody else has written is rounded again in the next forward, which the tensor's version
+tells; ``p.data`` and torch's fused optimizers hide their writing from it. Outside of autocast, under another
+autocast dtype and in transforms and compilers the layers do what torch's do. State dicts, deep copies and
+pickles know nothing of all this.
 """
 
 import torch

@@ -7,26 +7,30 @@
         optimizer.step()                 # says that this backward was all
     inside.remove()
 
-- A ``Linear`` layer under PolarSGD without momentum never has a gradient of its weight: the step is one in-place product
-  of the gradient of its output and its input (csrc/in_backward.cpp). Per step the weight is read three times and written
-  once, where plain SGD needs six passes; small batches save one more. In float64 the weights are those of PolarSGD.
-  Layers that PolarSGD takes as plain (``kind=None``) are stepped by the same product.
-- Everything else (convolutions, embeddings, momentum, Adam, tied or 16-bit weights, rates for each row) has its gradient
-  for as long as its own step takes, so that no two gradients of weights are there at once.
+- A ``Linear`` layer under PolarSGD without momentum never has a gradient of its weight: the step is one
+  in-place product of the gradient of its output and its input (csrc/in_backward.cpp). Per step the weight is
+  read three times and written once, where plain SGD needs six passes; small batches save one more. In float64
+  the weights are those of PolarSGD. Layers that PolarSGD takes as plain (``kind=None``) are stepped by the
+  same product.
+- Everything else (convolutions, embeddings, momentum, Adam, tied or 16-bit weights, rates for each row) has
+  its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
 
-One backward is one step, and `optimizer.step()` must follow it: a second backward before that is refused, since gradient
-accumulation would have to wait for the sum. So are, where they can be seen, other things that need finished gradients:
-``GradScaler`` (at its first step), and more than one process (DDP, FSDP). What cannot be seen: clipping, logging or
-editing gradients after the backward finds no gradients, as ``p.grad`` is None; `torch.nn.utils.clip_grad_norm_` returns 0.
-A loss that uses a ``Linear`` weight directly as well (a penalty) is refused in the backward, after the step of its layer.
+One backward is one step, and `optimizer.step()` must follow it: a second backward before that is refused,
+since gradient accumulation would have to wait for the sum. So are, where they can be seen, other things that
+need finished gradients: ``GradScaler`` (at its first step), and more than one process (DDP, FSDP). What
+cannot be seen: clipping, logging or editing gradients after the backward finds no gradients, as ``p.grad`` is
+None; `torch.nn.utils.clip_grad_norm_` returns 0. A loss that uses a ``Linear`` weight directly as well (a
+penalty) is refused in the backward, after the step of its layer.
 
-A layer that is used several times in one forward, or was with a graph that is still alive, is stepped by its gradient.
+A layer that is used several times in one forward, or was with a graph that is still alive, is stepped by its
+gradient.
 
-Between steps a ``Linear`` layer holds its weight up to a factor for each row. Whatever reads it through the module
-(``layer.weight``, ``parameters()``, ``state_dict()``, ``to()``) finds the true weight, which is written back at that
-moment; so do the optimizer's methods. That is a pass over the weight, so leave ``model.zero_grad()`` out: there is nothing
-to reset. A parameter that was kept in a variable is true after ``inside.fold()``; an edit of it before that is refused in
-the next forward. ``copy.deepcopy`` and pickles of the model are plain.
+Between steps a ``Linear`` layer holds its weight up to a factor for each row. Whatever reads it through the
+module (``layer.weight``, ``parameters()``, ``state_dict()``, ``to()``) finds the true weight, which is
+written back at that moment; so do the optimizer's methods. That is a pass over the weight, so leave
+``model.zero_grad()`` out: there is nothing to reset. A parameter that was kept in a variable is true after
+``inside.fold()``; an edit of it before that is refused in the next forward. ``copy.deepcopy`` and pickles of
+the model are plain.
 """
 
 from collections import ChainMap
@@ -76,7 +80,8 @@ class InBackward:
             for index, p in enumerate(group["params"]):
                 self.places[p] = number, index
                 if p.grad is not None:
-                    raise RuntimeError(f"parameter {optimizer._name(group, index)!r} has a gradient: step or clear it first")
+                    name = optimizer._name(group, index)
+                    raise RuntimeError(f"parameter {name!r} has a gradient: step or clear it first")
         self.stepped = dict.fromkeys(self.places, -1)  # `steps` at the last step of a parameter
         self.run = torch.compiler.disable(_Layer.forward)  # what a graph cannot hold
         self.layers: dict[Tensor, _Layer] = {}
@@ -126,7 +131,8 @@ class InBackward:
             module = modules[0]
             if p not in self.tied and type(module) is nn.Linear and p is module.weight and p in self.places:
                 stepped = isinstance(self.optimizer, optim.PolarSGD) and _is_linear_step(self.group(p))
-                if stepped and p.dtype in (torch.float32, torch.float64) and p.is_cpu and p.is_contiguous() and p.numel():
+                supported = p.dtype in (torch.float32, torch.float64) and p.is_cpu and p.is_contiguous()
+                if stepped and supported and p.numel():
                     found[p] = module
         return found
 
@@ -134,8 +140,8 @@ class InBackward:
         """Before a parameter is written in a backward."""
         if self.stepped[p] == self.steps:
             raise RuntimeError(
-                f"parameter {self.name(p)!r} has had its step since the last optimizer.step(), and gets another gradient. "
-                "Inside the backward every backward is a step: call optimizer.step() after it; gradients are not "
+                f"parameter {self.name(p)!r} has had its step since the last optimizer.step(), and gets another "
+                "gradient. Inside the backward every backward is a step: call optimizer.step() after it; gradients are not "
                 "accumulated over several, and a Linear weight may be used by its layer alone"
             )
         self.stepped[p] = self.steps
@@ -163,8 +169,8 @@ class InBackward:
     def _refuse_scaling(optimizer, args, kwargs) -> None:
         if getattr(optimizer, "found_inf", None) is not None:
             raise RuntimeError(
-                "GradScaler must see all gradients before the first weight is written, and inside the backward the weights "
-                "were written with the scaled loss: use bfloat16, which needs no scaling, or do not use in_backward"
+                "GradScaler must see all gradients before the first weight is written, and inside the backward the "
+                "weights were written with the scaled loss: use bfloat16, which needs no scaling, or do not use in_backward"
             )
 
     def _count(self, optimizer, args, kwargs) -> None:
@@ -319,8 +325,8 @@ class _Layer:
     def _check_unfolded(self) -> None:
         if not self.folded and self.mark != optim._mark(self.weight):
             raise RuntimeError(
-                f"parameter {self.inside.name(self.weight)!r} was written while its layer held it up to a factor for each "
-                "row: get it from the module (layer.weight), or fold() what in_backward gave, before editing it"
+                f"parameter {self.inside.name(self.weight)!r} was written while its layer held it up to a factor for "
+                "each row: get it from the module (layer.weight), or fold() what in_backward gave, before editing it"
             )
 
     # --------------------------------------------------------------------------------------------------------- forward
@@ -358,8 +364,8 @@ class _Layer:
         weight, inside = self.weight, self.inside
         if use.version != self.version or self.mark != optim._mark(weight):
             raise RuntimeError(
-                f"parameter {inside.name(weight)!r} was written since the forward of this backward: inside the backward one "
-                "forward goes with one backward and its step (no retain_graph, no second loss)"
+                f"parameter {inside.name(weight)!r} was written since the forward of this backward: inside the backward "
+                "one forward goes with one backward and its step (no retain_graph, no second loss)"
             )
         low = x.dtype != weight.dtype
         dx = None
