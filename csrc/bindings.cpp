@@ -47,6 +47,15 @@ void polar_adam_(const Tensors& weights, const Tensors& grads, const Tensors& ra
                   maximize, retraction, grad_scale, found_inf);
 }
 
+Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                        const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                        const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& telemetry, string_view kind,
+                        const std::vector<double>& numbers, bool maximize, bool keep_norm, bool refresh, bool need_x) {
+  return op::in_backward_sgd_(grad, x, z, weight, scale, rho, radius, norm, bias, telemetry, kind, numbers, maximize,
+                              keep_norm, refresh, need_x);
+}
+
 // What this build was made with; WN_BUILD_* come from setup.py.
 py::dict build_info() {
   py::dict info;
@@ -68,6 +77,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "normalize_", op::normalize_);
   define(m, "polar_sgd_", polar_sgd_);
   define(m, "polar_adam_", polar_adam_);
+  define(m, "in_backward_linear", op::in_backward_linear);
+  define(m, "in_backward_sgd_", in_backward_sgd_);
   m.attr("build_info") = build_info();
 }
 

@@ -68,6 +68,16 @@ void polar_adam_(at::TensorList weights, at::TensorList grads, at::TensorList ra
                  at::ArrayRef<double> numbers, const c10::List<std::optional<at::Tensor>>& number_tensors,
                  bool decoupled, bool maximize, string_view retraction, const std::optional<at::Tensor>& grad_scale,
                  const std::optional<at::Tensor>& found_inf);
+// A linear layer with the SGD step inside its backward: csrc/in_backward.cpp.
+std::tuple<at::Tensor, at::Tensor> in_backward_linear(const at::Tensor& x, const at::Tensor& weight,
+                                                      const std::optional<at::Tensor>& scale,
+                                                      const std::optional<at::Tensor>& bias, bool need_z);
+at::Tensor in_backward_sgd_(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& z,
+                            const at::Tensor& weight, const std::optional<at::Tensor>& scale,
+                            const std::optional<at::Tensor>& rho, const std::optional<at::Tensor>& radius,
+                            const std::optional<at::Tensor>& norm, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& telemetry, string_view kind,
+                            at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x);
 }  // namespace op
 
 // The same mathematics in at:: operations: differentiable to any order, in any mode and transform.

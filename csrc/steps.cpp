@@ -124,9 +124,10 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
   check_gradient("grads", a.grads[i], w);
   TORCH_CHECK_TYPE(a.copies.empty() ? a.grads[i].scalar_type() == w.scalar_type()
                                     : w.scalar_type() == at::kFloat && is_16bit(a.copies[i].scalar_type()) &&
-                                          a.grads[i].scalar_type() == a.copies[i].scalar_type(),
-                   "grads must have the weight's dtype; with copies the weight is float32, and grad and copy share a "
-                   "16-bit dtype; got grad ", a.grads[i].scalar_type(), " for ", w.scalar_type());
+                                          (a.grads[i].scalar_type() == a.copies[i].scalar_type() ||
+                                           a.grads[i].scalar_type() == at::kFloat),
+                   "grads must have the weight's dtype; with copies the weight is float32, the copy 16-bit, and the grad "
+                   "of either dtype; got grad ", a.grads[i].scalar_type(), " for ", w.scalar_type());
   check_row_state("radius", a.radius[i], w, layout);
   check_row_state("norm", a.norm[i], w, layout);
   for (const auto& [name, list] : a.state) {
@@ -138,8 +139,9 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
   if (!a.copies.empty()) check_like_weight("copies", a.copies[i], w);
   if (!a.telemetry.empty()) check_row_state("telemetry", a.telemetry[i], w, layout, 5);
   const auto same_types = [&](const Tensor& t, const Tensor& first) { return t.scalar_type() == first.scalar_type(); };
-  TORCH_CHECK_TYPE(same_types(w, a.weights[0]) && same_types(a.grads[i], a.grads[0]),
-                   "weights of one call must share a dtype, and so must grads");
+  TORCH_CHECK_TYPE(same_types(w, a.weights[0]) && same_types(a.grads[i], a.grads[0]) &&
+                       (a.copies.empty() || same_types(a.copies[i], a.copies[0])),
+                   "weights of one call must share a dtype, and so must grads and copies");
 }
 
 // Construction checks everything; `run` then builds one problem per weight, completed by fill(formula, i, layout), and

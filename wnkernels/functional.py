@@ -175,7 +175,7 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
 
     Args:
         weights: float32 or float64, dense, overwritten. For a 16-bit parameter: its float32 master copy.
-        grads: dL/dw, of the weights' shapes and dtype; beside ``copies`` of theirs.
+        grads: dL/dw, of the weights' shapes and dtype; beside ``copies`` of theirs or float32.
         radius: float64 (R,), signed g or α; for ``kind="unit"`` the fixed length. Overwritten.
         norm: float64 (R,), ‖v‖. Overwritten.
         momentum_buffers: like the weights, in the coordinates of v, or None without momentum. Overwritten.
@@ -190,7 +190,7 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
         first_step: the momentum starts as the gradient itself, as in torch.
         grad_scale, found_inf: 0-d float32, of ``torch.amp.GradScaler``: the factor on the gradients (they are not
             overwritten), and nonzero where the step is to be skipped.
-        copies: the 16-bit parameters, which get the new weights rounded, or None.
+        copies: the 16-bit parameters, or 16-bit copies for autocast, which get the new weights rounded; or None.
         telemetry: float64 (R, 5), overwritten with signed radius and ‖v‖ after the step, radial gradient ⟨G, θ⟩,
             tangential gradient ‖G⊥‖, and angular update in radians; or None.
 

@@ -46,8 +46,22 @@ from torch.optim.sgd import sgd
 
 from . import functional, parametrize
 from . import nn as layers
+from .autocast_copy import AutocastCopies, autocast_copy
+from .in_backward import InBackward, in_backward
 
-__all__ = ["PolarAdam", "PolarAdamW", "PolarSGD", "describe", "from_parametrized", "polar_groups", "to_parametrized"]
+__all__ = [
+    "AutocastCopies",
+    "InBackward",
+    "PolarAdam",
+    "PolarAdamW",
+    "PolarSGD",
+    "autocast_copy",
+    "describe",
+    "from_parametrized",
+    "in_backward",
+    "polar_groups",
+    "to_parametrized",
+]
 
 KINDS = ("swn", "ewn", "unit")
 RETRACTIONS = ("project", "renormalize", "geodesic")
@@ -107,6 +121,7 @@ class _Bucket:
     def __init__(self) -> None:
         self.indices, self.params, self.states, self.weights, self.dims = [], [], [], [], []
         self.copies = self.marks = self.telemetry = None
+        self.rounded = []  # the objects of the optimizer's _copies, whose tensors are the copies
         self.buffers: dict[str, list[Tensor]] = {}  # by their name in the state
         self.first = False  # the buffers are fresh, and not yet in the states
         self.step = None  # of Adam: one count on the device, shared by the states
@@ -138,6 +153,8 @@ class _PolarOptimizer(torch.optim.Optimizer):
 
     # GradScaler hands the scale and its verdict over as the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
+    _inside = None  # the InBackward that takes the steps
+    _copies: dict = {}  # weight -> its 16-bit copy, of autocast_copy
 
     def __init__(self, params, defaults: dict) -> None:
         self._forget()
@@ -148,6 +165,15 @@ class _PolarOptimizer(torch.optim.Optimizer):
         self._telemetry: dict[Tensor, Tensor] = {}
         self._untouched: dict[Tensor, tuple] = {}  # marks of the weights of which |v| was taken, until their first step
         self._snapshot = None
+
+    def _settle(self) -> None:
+        """Before weights are read or state is written: weights that in_backward holds up to factors become true."""
+        if self._inside is not None:
+            self._inside.settle()
+
+    def __getstate__(self) -> dict:
+        self._settle()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -224,7 +250,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         """The options on which the state depends."""
         raise NotImplementedError
 
-    def _plan(self, number: int, group: dict, grads: list) -> _Plan:
+    def _plan(self, number, group: dict, grads: list) -> _Plan:
         present = [None if grad is None else grad.dtype for grad in grads]
         key = (group["kind"], group["dim"], group["telemetry"], *self._key(group))
         plan = self._plans.get(number)
@@ -240,13 +266,16 @@ class _PolarOptimizer(torch.optim.Optimizer):
                 plan.plain.append(index)
                 continue
             state = self._ready(group, index)
-            where = (p.dtype, grad.dtype, p.device, *self._age(state, group))
+            copied = self._copies.get(p)
+            where = (p.dtype, grad.dtype, p.device, copied is not None, *self._age(state, group))
             bucket = buckets.setdefault(where, _Bucket())
             bucket.indices.append(index)
             bucket.params.append(p)
             bucket.states.append(state)
             bucket.weights.append(state.get("master", p))
             bucket.dims.append(group["dim"])
+            if copied is not None:
+                bucket.rounded.append(copied)
         for bucket in buckets.values():
             bucket.radius, bucket.norm = bucket.column("radius"), bucket.column("norm")
             if bucket.params[0].dtype in LOW_PRECISION:
@@ -307,15 +336,19 @@ class _PolarOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
-            grads = [p.grad for p in group["params"]]
-            plan = self._plan(number, group, grads)
-            if plan.plain:
-                self._plain(group, plan.plain, grads)
-            for bucket in plan.buckets:
-                self._polar(number, group, bucket, [grads[i] for i in bucket.indices])
+            self._step_group(number, group)
         return loss
 
-    def _polar(self, number: int, group: dict, bucket: _Bucket, grads: list) -> None:
+    def _step_group(self, number, group: dict) -> None:
+        """`number` is the key of the group's plan."""
+        grads = [p.grad for p in group["params"]]
+        plan = self._plan(number, group, grads)
+        if plan.plain:
+            self._plain(group, plan.plain, grads)
+        for bucket in plan.buckets:
+            self._polar(number, group, bucket, [grads[i] for i in bucket.indices])
+
+    def _polar(self, number, group: dict, bucket: _Bucket, grads: list) -> None:
         for index, grad in zip(bucket.indices, grads):
             if grad.layout is not torch.strided:
                 raise RuntimeError(
@@ -325,7 +358,11 @@ class _PolarOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = self._scaling(bucket.params[0].device)
         if bucket.first and found_inf is not None and found_inf.item():
             return  # the next step is the first one; later ones ask the device, and do not wait for it
-        if bucket.copies is not None:
+        before = None
+        if bucket.rounded:
+            before = [p._version for p in bucket.params]
+            bucket.copies = [copied.buffer() for copied in bucket.rounded]
+        elif bucket.copies is not None:
             marks = [_mark(p) for p in bucket.params]
             if marks != bucket.marks:
                 bucket.reread(marks)
@@ -347,7 +384,11 @@ class _PolarOptimizer(torch.optim.Optimizer):
             copies=bucket.copies,
             telemetry=bucket.telemetry,
         )
-        if bucket.copies is not None:
+        if bucket.rounded:
+            for copied, p, version in zip(bucket.rounded, bucket.params, before):
+                if p._version != version:  # not skipped for found_inf
+                    copied.mark = _mark(p)
+        elif bucket.copies is not None:
             bucket.marks = [_mark(p) for p in bucket.params]
         if bucket.first:
             for i, state in enumerate(bucket.states):
@@ -397,6 +438,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
                 state[key] = {name: own(x) if isinstance(x, Tensor) else x for name, x in values.items()}
             return {**loaded, "state": state}
 
+        self._settle()
         handle = self.register_load_state_dict_pre_hook(keep)  # after the user's hooks
         try:
             super().load_state_dict(state_dict)
@@ -413,6 +455,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def snapshot(self) -> None:
         """Remembers all parameters and all state, for `rollback`. One snapshot is kept, the last."""
+        self._settle()
         for group, index, _ in self._weights():
             self._ready(group, index)
         params = [p for group in self.param_groups for p in group["params"]]
@@ -430,6 +473,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         """
         if self._snapshot is None:
             raise RuntimeError("rollback() needs a snapshot(): none was taken since the optimizer was made or loaded")
+        self._settle()
         tensors, states = self._snapshot
         for x, value in tensors:
             x.copy_(value)
@@ -454,6 +498,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         """
         if not 0 < k < math.inf:
             raise ValueError(f"k must be positive and finite, got {k}")
+        self._settle()
         powers = {"norm": 1, "momentum_buffer": -1, "exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
         for _, _, p in self._weights():
             for name, value in self.state[p].items():
@@ -928,6 +973,7 @@ def to_parametrized(model: nn.Module, optimizer: _PolarOptimizer) -> tuple[nn.Mo
     """
     if type(optimizer) not in _TORCH:
         raise TypeError(f"optimizer must be PolarSGD, PolarAdam or PolarAdamW, got {type(optimizer).__name__}")
+    optimizer._settle()
     names = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)

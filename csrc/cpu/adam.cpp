@@ -6,7 +6,7 @@ template <bool option, bool copy> using Problems = std::vector<Problem<PolarAdam
 
 template <> void run(const Problems<false, false>& problems) { run_plain(problems); }
 template <> void run(const Problems<true, false>& problems) { run_plain(problems); }
-template <> void run(const Problems<false, true>& problems) { run_master(problems); }
-template <> void run(const Problems<true, true>& problems) { run_master(problems); }
+template <> void run(const Problems<false, true>& problems) { run_with_copy(problems); }
+template <> void run(const Problems<true, true>& problems) { run_with_copy(problems); }
 
 }  // namespace wn::cpu

@@ -1,4 +1,5 @@
-// The instantiations of a step: gradient and weight share a type, or a 16-bit parameter has a float32 master copy.
+// The instantiations of a step: gradient and weight share a type, or a float32 weight has a 16-bit copy (the parameter
+// whose master it is, or what autocast would make of it), and its gradient is of either type.
 #pragma once
 
 #include "engine.h"
@@ -25,10 +26,15 @@ template <class Formula> void run_plain(const std::vector<Problem<Formula>>& pro
   run_steps<Formula, float, float>(problems, State<Formula, float>{}, Types<>{});
 }
 
-template <class Formula> void run_master(const std::vector<Problem<Formula>>& problems) {
-  if (problems.front().in_type[1] == DType::bf16)
-    return run_steps<Formula, float, bf16>(problems, State<Formula, float>{}, Types<bf16>{});
-  run_steps<Formula, float, f16>(problems, State<Formula, float>{}, Types<f16>{});
+template <class Formula, class Copy> void run_copy(const std::vector<Problem<Formula>>& problems) {
+  if (problems.front().in_type[1] == DType::f32)
+    return run_steps<Formula, float, float>(problems, State<Formula, float>{}, Types<Copy>{});
+  run_steps<Formula, float, Copy>(problems, State<Formula, float>{}, Types<Copy>{});
+}
+
+template <class Formula> void run_with_copy(const std::vector<Problem<Formula>>& problems) {
+  if (problems.front().out_type[Formula::outputs - 1] == DType::bf16) return run_copy<Formula, bf16>(problems);
+  run_copy<Formula, f16>(problems);
 }
 
 }  // namespace

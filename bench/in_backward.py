@@ -1,0 +1,178 @@
+"""A full training step of one Linear layer with SGD, where the step is taken inside the backward: time and peak memory,
+against the plain layer with torch's fused SGD; and a step under autocast, where the polar step writes the 16-bit weight.
+
+    python -m bench.in_backward
+"""
+
+import torch
+from torch import nn
+
+from wnkernels.optim import PolarSGD, autocast_copy, in_backward, polar_groups
+
+from . import harness
+from .providers import torch_swn
+
+LR = 1e-9  # the weights stay what they are however often a step runs
+# Goals: to plain + SGD(fused) by (width, batch); to the same product on a plain layer; of the memory.
+BOUND_PLAIN = {(4096, 16): 0.50, (4096, 128): 0.75, (4096, 512): 1.00, (1024, 16): 0.80}
+BOUND_TRICK = 1.05
+BOUND_MEMORY = 0.60
+MEMORY_WIDTH = 8192
+
+
+def fused(layer):
+    return torch.optim.SGD(layer.parameters(), lr=LR, fused=True)
+
+
+def inside(kind):
+    def make(width):
+        layer = nn.Sequential(nn.Linear(width, width))
+        optimizer = PolarSGD(polar_groups(layer, kind) if kind else layer.parameters(), lr=LR, kind=kind)
+        in_backward(layer, optimizer)
+        return layer, optimizer
+
+    return make
+
+
+def plain(width):
+    layer = nn.Linear(width, width)
+    return layer, fused(layer)
+
+
+def parametrized(width):
+    layer = torch_swn(width, width)
+    return layer, fused(layer)
+
+
+def polar(**copies):
+    def make(width):
+        layer = nn.Sequential(nn.Linear(width, width))
+        optimizer = PolarSGD(polar_groups(layer), lr=LR)
+        if copies:
+            autocast_copy(layer, optimizer, **copies)
+        return layer, optimizer
+
+    return make
+
+
+# name -> (maker of layer and optimizer, set_to_none)
+FLOAT32 = {
+    "plain": (plain, True),
+    "plain, set_to_none=False": (plain, False),
+    "plain, in backward": (inside(None), True),
+    "torch SWN": (parametrized, True),
+    "PolarSGD": (polar(), True),
+    "SWN, in backward": (inside("swn"), True),
+    "EWN, in backward": (inside("ewn"), True),
+}
+BFLOAT16 = {
+    "plain": (plain, True),
+    "PolarSGD": (polar(), True),
+    "PolarSGD, copy": (polar(dtype=torch.bfloat16), True),
+    "PolarSGD, copy, low gradients": (polar(dtype=torch.bfloat16, low_gradients=True), True),
+    "SWN, in backward": (inside("swn"), True),
+}
+# Bytes for each element of the weight in a step under autocast, each read and each write counted.
+AUTOCAST_BYTES = {"plain": 30, "PolarSGD": 30, "PolarSGD, copy": 26, "PolarSGD, copy, low gradients": 18,
+                  "SWN, in backward": 22}
+
+
+def training_step(provider, width, batch, autocast):
+    """A function that takes one step. The gradient of the output is given, so that no loss adds to the time."""
+    make, set_to_none = provider
+    torch.manual_seed(0)
+    layer, optimizer = make(width)
+    x = torch.randn(batch, width, requires_grad=True)
+    dy = torch.randn(batch, width)
+    low = dy.bfloat16()
+
+    def step():
+        if autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+            y.backward(low)
+        else:
+            layer(x).backward(dy)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        x.grad = None
+
+    return step
+
+
+def three_steps(table, name, width, batch):
+    step = training_step(table[name], width, batch, table is BFLOAT16)
+    for _ in range(3):
+        step()
+
+
+def memory_of(name, width, batch):
+    three_steps(FLOAT32, name, width, batch)
+
+
+def run(table, width, batch, seconds):
+    calls = {name: training_step(provider, width, batch, table is BFLOAT16) for name, provider in table.items()}
+    times = harness.measure(calls, seconds=seconds)
+    rows = []
+    for name in table:
+        row = {"width": width, "batch": batch, "autocast": "bf16" if table is BFLOAT16 else "", "provider": name}
+        row |= harness.summary(times, name, {"plain": "plain"} | ({"trick": "plain, in backward"} if table is FLOAT32 else {}))
+        if table is BFLOAT16:
+            row["bytes_per_element"] = AUTOCAST_BYTES[name]
+        rows.append(row)
+    return rows
+
+
+def missed(rows):
+    for r in rows:
+        if "WN, in backward" not in r["provider"] or r["autocast"]:
+            continue
+        bounds = {"plain": BOUND_PLAIN.get((r["width"], r["batch"])),
+                  "trick": BOUND_TRICK if (r["width"], r["batch"]) in BOUND_PLAIN else None}
+        for label, bound in bounds.items():
+            if bound is not None and r.get(f"ratio_{label}", 0) > bound:
+                yield f"{r['width']}, batch {r['batch']}, {r['provider']}: {harness.interval(r, label)} of {label}, goal {bound}"
+        if r.get("memory_ratio", 0) > BOUND_MEMORY:
+            yield f"{r['width']}, {r['provider']}: {r['memory_ratio']:.2f} of plain's memory, goal {BOUND_MEMORY}"
+
+
+def main(arguments=None):
+    parser = harness.parser(__doc__, seconds=10)
+    parser.add_argument("--widths", type=int, nargs="+", default=(4096, 1024))
+    parser.add_argument("--batches", type=int, nargs="+", default=(16, 128, 512))
+    parser.add_argument("--autocast-batches", type=int, nargs="*", default=(16, 128))
+    parser.add_argument("--memory-width", type=int, default=MEMORY_WIDTH, help="0: skip the peak memory")
+    parser.add_argument("--name", default="in_backward", help="of the CSV file")
+    options = parser.parse_args(arguments)
+    facts, folder = harness.begin(options)
+    rows = []
+    points = [(FLOAT32, w, b) for w in options.widths for b in options.batches]
+    points += [(BFLOAT16, max(options.widths), b) for b in options.autocast_batches]
+    with harness.Progress(len(points) + 1, "in_backward") as progress:
+        for table, width, batch in points:
+            rows += run(table, width, batch, options.seconds)
+            progress.step(f"width {width}, batch {batch}")
+        if options.memory_width:
+            names = ("plain", "plain, in backward", "SWN, in backward")
+            peaks = {name: harness.peak_memory(memory_of, name, options.memory_width, 16) for name in names}
+            for name, peak in peaks.items():
+                rows.append({"width": options.memory_width, "batch": 16, "autocast": "", "provider": name,
+                             "peak_bytes": peak, "memory_ratio": peak / peaks["plain"]})
+        progress.step("memory")
+    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
+    print(harness.table(["width", "batch", "autocast", "provider", "ms", "vs plain", "vs plain in backward", "peak MB"], [[
+        r["width"], r["batch"], r["autocast"], r["provider"], f"{r['ms']:.3f}" if "ms" in r else "",
+        harness.interval(r, "plain") if "ratio_plain" in r else f"{r['memory_ratio']:.2f}",
+        harness.interval(r, "trick") if "ratio_trick" in r else "",
+        f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "",
+    ] for r in rows]))
+    print("\nmedians; ratios of medians [95% confidence interval]; of peak MB in rows that have it: memory of three steps, "
+          "weights included")
+    for line in missed(rows):
+        print(f"missed: {line}")
+    harness.write_csv(folder / f"{options.name}.csv", rows, facts)
+    print(f"\nwritten: {folder}/{options.name}.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+// A linear layer that takes its SGD step inside the backward, without a gradient of its weight.
+//
+// The weight's buffer holds rows u that are v up to a scale, v = rho u, so that w = s v/n = (s rho/n) u = scale u. With
+// G = dy^T x, p = <G, v>/n and k = s/n the step of SGD on v, v' = (1 - lr decay) v - lr k (G - p v/n), is
+//   rho' = c rho, c = 1 - lr decay + lr k p/n;   u' = u - (lr k/rho') G,
+// one in-place product u += e^T x with e = -(lr k/rho') dy. Nothing else of the weight's size is read or written:
+//   z = x u^T, which the forward makes anyway, gives <G, u> = sum_b dy z;
+//   |G|^2 = sum_b dy (x x^T dy) gives n'^2 = ((1 - lr decay) n)^2 + (lr k)^2 (|G|^2 - p^2).
+// A row whose |rho'| leaves [1/2, 2] is multiplied by it first, and has rho' = 1 then; c may be anything, 0 too.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "ops.h"
+#include "tensors.h"
+
+namespace wn {
+namespace {
+
+enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBiasWeightDecay, kNumbers };
+
+// Rows of one tile are worked on together, element by element.
+constexpr int kTile = 16;
+
+// Batches up to this size leave a weight's block of rows in cache between the product that reads it for dx and the one
+// that updates it: blocks save a pass over the weight. Larger ones are bound by arithmetic, and want large products.
+constexpr int64_t kBlockBatch = 32, kBlockRows = 64, kBlockElements = 1 << 18;
+
+// |G|^2 by the Gram matrix of the batch costs batch^2 (rows + width) multiplications, |u'| one pass over the weight.
+bool gram_is_cheaper(int64_t batch, int64_t rows, int64_t width) {
+  return batch * batch * (rows + width) <= 8 * rows * width;
+}
+
+int64_t batch_of(const Tensor& x) {
+  int64_t batch = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) batch *= x.size(d);
+  return batch;
+}
+Tensor as_matrix(const Tensor& x) { return x.reshape({batch_of(x), x.size(-1)}).contiguous(); }
+
+void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& bias) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble,
+                   "weight must be float32 or float64, got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(), "weight must be contiguous of shape (rows, width), got "
+                    "shape ", weight.sizes(), " with strides ", weight.strides());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == weight.size(1), "x must have shape (..., ", weight.size(1),
+                    ") for a weight of shape ", weight.sizes(), ", got ", x.sizes());
+  const auto check = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK_TYPE(t.scalar_type() == weight.scalar_type(), name, " must have the weight's dtype ",
+                     weight.scalar_type(), ", got ", t.scalar_type());
+    check_device(name, t, weight);
+  };
+  check("x", x);
+  for (const auto& [name, t] : {std::make_pair("scale", scale), std::make_pair("bias", bias)}) {
+    if (!t) continue;
+    check(name, *t);
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == weight.size(0) && t->is_contiguous(), name,
+                      " must be contiguous of shape (", weight.size(0), ",), got ", t->sizes());
+  }
+}
+
+// Rows from, from + 1, ... of u x^T, (rows, batch), into columns of z and y = z scale + bias, (batch, rows).
+template <class T, int width> struct Turn {
+  const T *product, *scale, *bias;
+  T *z, *y;
+  int64_t rows, batch;
+
+  void operator()(int64_t from) const {
+    T factor[width], shift[width];
+    for (int j = 0; j < width; ++j) {
+      factor[j] = scale ? scale[from + j] : T(1);
+      shift[j] = bias ? bias[from + j] : T(0);
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      T value[width];
+      for (int j = 0; j < width; ++j) value[j] = product[(from + j) * batch + b];
+      const int64_t at = b * rows + from;
+      if (z)
+        for (int j = 0; j < width; ++j) z[at + j] = value[j];
+      for (int j = 0; j < width; ++j) y[at + j] = value[j] * factor[j] + shift[j];
+    }
+  }
+};
+
+// Calls tile(row) for tiles of rows, and single(row) for the rows that are left over.
+template <class Tile, class Single> void for_tiles(int64_t rows, int64_t batch, const Tile& tile, const Single& single) {
+  at::parallel_for(0, (rows + kTile - 1) / kTile, 1 + 16384 / (kTile * (batch + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if ((i + 1) * kTile <= rows)
+        tile(i * kTile);
+      else
+        for (int64_t u = i * kTile; u < rows; ++u) single(u);
+    }
+  });
+}
+
+// y = z scale + bias, and z = x u^T where it is needed. The product is made as u x^T: in
+// this orientation that of a small batch is the quicker one, and it is turned around in the pass that scales it.
+std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                                              const std::optional<Tensor>& bias, bool need_z) {
+  check_layer(x, weight, scale, bias);
+  const int64_t rows = weight.size(0), batch = batch_of(x);
+  at::DimVector shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = rows;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Tensor y = at::empty(shape, x.options()), z = at::empty({need_z ? batch : 0, rows}, x.options());
+  const Tensor product = at::mm(weight, as_matrix(x).t());
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "in_backward_linear", [&] {
+    const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
+    const Turn<scalar_t, kTile> tile{product.const_data_ptr<scalar_t>(), data(scale), data(bias),
+                                     need_z ? z.mutable_data_ptr<scalar_t>() : nullptr,
+                                     y.mutable_data_ptr<scalar_t>(), rows, batch};
+    const Turn<scalar_t, 1> single{tile.product, tile.scale, tile.bias, tile.z, tile.y, rows, batch};
+    for_tiles(rows, batch, tile, single);
+  });
+  return {y, z};
+}
+
+// What the step keeps of the rows; null pointers where the layer is plain.
+struct RowState {
+  double *rho, *radius, *norm, *telemetry;
+  Kind kind;
+  bool keep_norm, one_column;
+  double lr, radius_lr, weight_decay, radius_weight_decay;
+};
+
+// A row between the product that needs its old state and the norm that completes its new one.
+struct RowStep {
+  double s, n;      // s', and n' by |G|^2, or infinite where that left the range
+  double along;     // of v' along v
+  double fold;      // u is multiplied by it first
+  double rho;       // rho'
+  double factor;    // of dy in e
+
+  // inner = <G, u>, square = |G|^2
+  static RowStep of(const RowState& state, int64_t row, double inner, double square) {
+    const double rho = state.rho[row], n = state.norm[row], r = state.radius[row];
+    RowStep x{0, n, n, 1, rho, 0};
+    if (rho == 0) return x;  // the row was zero when it was last taken from the weight: it has no direction
+    const double s = signed_radius(state.kind, r), k = state.one_column ? 0 : s / n, p = rho / n * inner;
+    const double r_new =
+        state.kind == Kind::unit
+            ? r
+            : r - state.radius_lr * ((state.kind == Kind::ewn ? s * p : p) + state.radius_weight_decay * r);
+    const double kept = 1 - state.lr * state.weight_decay, rate = state.lr * k;
+    const double perp = rate * std::sqrt(std::max(0.0, square - p * p));
+    state.radius[row] = r_new;
+    x.s = signed_radius(state.kind, r_new);
+    x.along = kept * n;
+    x.n = std::sqrt(x.along * x.along + perp * perp);
+    x.rho = (kept + rate * p / n) * rho;
+    if (!(std::fabs(x.rho) >= 0.5 && std::fabs(x.rho) <= 2)) {
+      x.fold = x.rho;
+      x.rho = 1;
+    }
+    x.factor = -rate / x.rho;
+    if (state.telemetry != nullptr) {
+      double* const t = state.telemetry + 5 * row;
+      t[0] = x.s;
+      t[2] = p;
+      t[3] = std::sqrt(std::max(0.0, square - p * p));
+      t[4] = std::atan2(std::fabs(perp), x.along);
+    }
+    return x;
+  }
+
+  // length = |u'| where it was measured, or negative. Returns the new scale.
+  double finish(const RowState& state, int64_t row, double length) const {
+    if (state.rho[row] == 0) return 0;
+    const double free = std::isfinite(n) ? n : std::fabs(rho) * length;
+    const double n_new = state.keep_norm ? state.norm[row] : free;
+    const double u = length >= 0 ? length : free / std::fabs(rho);
+    const bool lost = !(u > 0) || n_new == 0;
+    state.rho[row] = lost ? 0 : std::copysign(n_new / u, rho);
+    state.norm[row] = n_new;
+    if (state.telemetry != nullptr) state.telemetry[5 * row + 1] = n_new;
+    return lost ? 0 : s * state.rho[row] / n_new;
+  }
+};
+
+struct Arguments {
+  Tensor dy, x, z, weight, scale, bias;  // dy, z (batch, rows) and x (batch, width) contiguous; undefined where absent
+  RowState state;
+  double bias_lr, bias_weight_decay, sign;
+  bool polar, need_x, measure, refresh;
+};
+
+// The scalar work of rows from, from + 1, ...
+template <class T, int width> struct Prepare {
+  const Arguments& a;
+  int64_t rows, batch;
+  const T *dy, *z, *scale;
+  T* bias;
+  T* of_x;       // dy scale, what is multiplied by u for dx; null if not needed
+  T* of_weight;  // x x^T dy where known, and becomes e, what is multiplied by x for u'
+  bool known;
+  RowStep* steps;
+
+  void operator()(int64_t from) const {
+    double inner[width] = {}, square[width] = {}, sum[width] = {};
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = b * rows + from;
+      for (int j = 0; j < width; ++j) sum[j] += dy[at + j];
+      if (a.polar)
+        for (int j = 0; j < width; ++j) inner[j] += double(dy[at + j]) * double(z[at + j]);
+      if (known)
+        for (int j = 0; j < width; ++j) square[j] += double(dy[at + j]) * double(of_weight[at + j]);
+    }
+    if (bias)
+      for (int j = 0; j < width; ++j)
+        bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
+    if (!a.polar) return;
+    T old[width], factor[width];
+    for (int j = 0; j < width; ++j) {
+      if (!known) square[j] = std::numeric_limits<double>::infinity();
+      steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], square[j]);
+      old[j] = scale[from + j];
+      factor[j] = static_cast<T>(a.sign * steps[from + j].factor);
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = b * rows + from;
+      T g[width];
+      for (int j = 0; j < width; ++j) g[j] = dy[at + j];
+      if (of_x)
+        for (int j = 0; j < width; ++j) of_x[at + j] = g[j] * old[j];
+      for (int j = 0; j < width; ++j) of_weight[at + j] = g[j] * factor[j];
+    }
+  }
+};
+
+// dx = kept dx + what the rows first..first + rows - 1 give to it; then updates them.
+template <class T>
+void step_rows(const Arguments& a, const Tensor& of_x, const Tensor& of_weight, const RowStep* steps, int64_t first,
+               int64_t rows, Tensor& dx, double kept) {
+  Tensor weight = a.weight.narrow(0, first, rows);
+  if (a.need_x) dx.addmm_(of_x.narrow(1, first, rows), weight, kept);
+  if (!a.polar) {
+    weight.addmm_(a.dy.narrow(1, first, rows).t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
+    return;
+  }
+  bool measured = a.measure || a.refresh;
+  for (int64_t u = first; u < first + rows; ++u) {
+    measured = measured || !std::isfinite(steps[u].n);
+    if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
+  }
+  weight.addmm_(of_weight.narrow(1, first, rows).t(), a.x);
+  const Tensor length = measured ? op::row_norm(weight, 0).to(at::kDouble) : Tensor();
+  T* const scale = a.scale.mutable_data_ptr<T>();
+  for (int64_t u = first; u < first + rows; ++u)
+    scale[u] = static_cast<T>(
+        steps[u].finish(a.state, u, measured ? length.const_data_ptr<double>()[u - first] : -1));
+}
+
+template <class T> Tensor run(const Arguments& a) {
+  const int64_t batch = a.dy.size(0), rows = a.weight.size(0), threads = at::get_num_threads();
+  const bool known = a.polar && !a.measure;
+  std::vector<RowStep> steps(a.polar ? rows : 0);
+  Tensor of_x = a.dy, of_weight;
+  if (a.polar) {
+    of_x = a.need_x ? at::empty_like(a.dy) : Tensor();
+    of_weight = known ? at::mm(at::mm(a.x, a.x.t()), a.dy) : at::empty_like(a.dy);
+  }
+  if (a.polar || a.bias.defined()) {
+    const Prepare<T, kTile> tile{a, rows, batch, a.dy.const_data_ptr<T>(), a.polar ? a.z.const_data_ptr<T>() : nullptr,
+                                 a.polar ? a.scale.const_data_ptr<T>() : nullptr,
+                                 a.bias.defined() ? a.bias.mutable_data_ptr<T>() : nullptr,
+                                 a.polar && a.need_x ? of_x.mutable_data_ptr<T>() : nullptr,
+                                 a.polar ? of_weight.mutable_data_ptr<T>() : nullptr, known, steps.data()};
+    const Prepare<T, 1> single{a, rows, batch, tile.dy, tile.z, tile.scale, tile.bias,
+                               tile.of_x, tile.of_weight, known, steps.data()};
+    for_tiles(rows, batch, tile, single);
+  }
+
+  const bool blocks = batch <= kBlockBatch && a.weight.numel() >= kBlockElements && rows >= 2 * kBlockRows * threads;
+  if (!blocks) {
+    Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor();
+    step_rows<T>(a, of_x, of_weight, steps.data(), 0, rows, dx, 0);
+    return dx;
+  }
+  const Tensor parts = a.need_x ? at::zeros({threads, batch, a.weight.size(1)}, a.x.options()) : Tensor();
+  at::parallel_for(0, (rows + kBlockRows - 1) / kBlockRows, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below;  // dispatch state is the thread's
+    Tensor part = a.need_x ? parts[at::get_thread_num()] : Tensor();
+    for (int64_t i = begin; i < end; ++i)
+      step_rows<T>(a, of_x, of_weight, steps.data(), i * kBlockRows, std::min(kBlockRows, rows - i * kBlockRows), part,
+                   1);
+  });
+  Tensor dx = a.need_x ? parts[0] : Tensor();
+  for (int64_t t = 1; a.need_x && t < threads; ++t) dx.add_(parts[t]);
+  return dx;
+}
+
+Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                        const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                        const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& telemetry, string_view kind,
+                        at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x) {
+  check_layer(x, weight, scale, bias);
+  const int64_t rows = weight.size(0), batch = batch_of(x);
+  check_device("grad", grad, weight);
+  TORCH_CHECK_TYPE(grad.scalar_type() == weight.scalar_type(), "grad must have the weight's dtype ",
+                   weight.scalar_type(), ", got ", grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.dim() >= 1 && grad.size(-1) == rows && batch_of(grad) == batch, "grad must have shape (..., ",
+                    rows, ") with the batch of x ", x.sizes(), ", got ", grad.sizes());
+  TORCH_CHECK_VALUE(numbers.size() == kNumbers, "numbers must have ", static_cast<size_t>(kNumbers), " entries, got ",
+                    numbers.size());
+  const bool polar = scale.has_value();
+  const auto check_state = [&](const char* name, const std::optional<Tensor>& t, int64_t columns) {
+    TORCH_CHECK_VALUE(t.has_value() == polar || (columns > 1 && !t), name, " must be given with scale, and only then");
+    if (!t) return;
+    check_device(name, *t, weight);
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kDouble, name, " must be float64, got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->is_contiguous() && t->numel() == rows * columns, name, " must be contiguous with ",
+                      rows * columns, " elements for a weight of ", rows, " rows, got shape ", t->sizes());
+  };
+  check_state("rho", rho, 1);
+  check_state("radius", radius, 1);
+  check_state("norm", norm, 1);
+  check_state("telemetry", telemetry, 5);
+  if (z)
+    TORCH_CHECK_VALUE(z->dim() == 2 && z->size(0) == batch && z->size(1) == rows && z->is_contiguous() &&
+                          z->scalar_type() == weight.scalar_type(),
+                      "z must be contiguous of the weight's dtype and of shape (", batch, ", ", rows, "), got ",
+                      z->scalar_type(), " of ", z->sizes());
+  const Kind k = !polar || kind == "swn" ? Kind::swn : kind == "unit" ? Kind::unit : parse_kind(kind);
+
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto pointer = [](const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr<double>() : nullptr; };
+  Arguments a{as_matrix(grad), as_matrix(x), {}, weight, scale.value_or(Tensor()), bias.value_or(Tensor()), {}, numbers[kBiasLr],
+              numbers[kBiasWeightDecay], maximize ? -1.0 : 1.0, polar, need_x, false, refresh};
+  a.state = {pointer(rho), pointer(radius), pointer(norm), pointer(telemetry), k, keep_norm, weight.size(1) == 1,
+             numbers[kLr], numbers[kRadiusLr], numbers[kWeightDecay], numbers[kRadiusWeightDecay]};
+  a.measure = polar && !telemetry && !gram_is_cheaper(batch, rows, weight.size(1));
+  if (polar) a.z = z ? *z : at::mm(a.x, weight.t());
+  Tensor dx;
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "in_backward_sgd_", [&] { dx = run<scalar_t>(a); });
+  weight.unsafeGetTensorImpl()->bump_version();
+  for (const auto& t : {scale, rho, radius, norm, bias, telemetry})
+    if (t) t->unsafeGetTensorImpl()->bump_version();
+  return need_x ? dx.view(x.sizes()) : at::empty({0}, x.options());
+}
+
+std::tuple<Tensor, Tensor> in_backward_linear_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&,
+                                                   const std::optional<Tensor>&, bool need_z) {
+  c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
+  c10::SymInt batch = 1;
+  for (const auto& size : shape) batch = batch * size;
+  shape.push_back(weight.sym_size(0));
+  return {at::empty_symint(shape, x.options()),
+          at::empty_symint({need_z ? batch : c10::SymInt(0), weight.sym_size(0)}, x.options())};
+}
+
+Tensor in_backward_sgd_meta(const Tensor&, const Tensor& x, const std::optional<Tensor>&, const Tensor&,
+                            const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                            const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                            string_view, at::ArrayRef<double>, bool, bool, bool, bool need_x) {
+  return need_x ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
+  m.def("in_backward_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool need_z) -> (Tensor, "
+        "Tensor)");
+  m.def("in_backward_sgd_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
+        "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!)? telemetry, str kind, float[] numbers, "
+        "bool maximize, bool keep_norm, bool refresh, bool need_x) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(wnkernels, CPU, m) {
+  m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
+  m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
+}
+TORCH_LIBRARY_IMPL(wnkernels, Meta, m) {
+  m.impl("in_backward_linear", TORCH_FN(in_backward_linear_meta));
+  m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_meta));
+}
+
+namespace op {
+std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                                              const std::optional<Tensor>& bias, bool need_z) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("wnkernels::in_backward_linear", "")
+                                 .typed<decltype(op::in_backward_linear)>();
+  return handle.call(x, weight, scale, bias, need_z);
+}
+Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                        const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                        const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& telemetry, string_view kind,
+                        at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("wnkernels::in_backward_sgd_", "")
+                                 .typed<decltype(op::in_backward_sgd_)>();
+  return handle.call(grad, x, z, weight, scale, rho, radius, norm, bias, telemetry, kind, numbers, maximize, keep_norm,
+                     refresh, need_x);
+}
+}  // namespace op
+}  // namespace wn
