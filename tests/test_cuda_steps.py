@@ -128,7 +128,7 @@ PATHS = {
     "many columns": ((2, 90, BIG), lambda of: (5, 100, 1), "steps"),
     "narrow": ((2, 90, BIG), lambda of: (19, 5, 9), "steps"),
     "narrow tiles": ((9, 90, BIG), lambda of: (19, 40, 6), "steps"),
-    "big columns": ((1, 75, 40 << 10), lambda of: (of(13 << 10) // 4, 21, 1), "steps, big blocks"),
+    "big columns": ((1, 75, 48 << 10), lambda of: (of(4 << 10), 21, 1), "steps, big blocks"),
     "columns streamed": ((1, 75, TINY), lambda of: (600, 11, 1), "steps"),
 }
 SOME = ["short", "block", "big", "streamed", "cluster", "split", "columns", "narrow", "split columns"]
@@ -215,16 +215,17 @@ def test_random_shapes(emulator, step):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_one_column_keeps_its_direction(emulator, step):
+def test_one_column(emulator, step):
+    """Rows of one element have no tangent."""
     weight = Weight(step, (1, 300, 1))
-    sign, norm = weight.w.tensor.double().sign().flatten() * weight.radius.sign(), weight.norm.clone()
-    expected = weight.expected(**{"weight_decay": 0.0} if False else {})
-    take(emulator, [weight], weight_decay=0.0, **{"momentum": 0.0} if step == "sgd_momentum" else {})
+    expected = weight.expected()
+    take(emulator, [weight])
+    weight.check(expected)
+    assert bool((weight.telemetry[:, 3] <= 1e-6 * weight.G.tensor.flatten().abs()).all())
     if step == "sgd":
+        norm = weight.norm.clone()
+        take(emulator, [weight], weight_decay=0.0)
         assert torch.equal(weight.norm, norm)
-    torch.testing.assert_close(weight.w.tensor.double().flatten().abs(), weight.radius.abs(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(weight.radius, expected.radius, rtol=1e-6, atol=1e-7)
-    assert sign.abs().min() == 1
 
 
 @pytest.mark.parametrize("layout", [(1, 0, 5), (3, 0, 1), (1, 5, 0), (0, 5, 1)])
