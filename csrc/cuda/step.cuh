@@ -118,35 +118,6 @@ template <class S> WN_DEVICE void elements(const StepPacks<S>& packs, int e, typ
   for (int k = 0; k < S::inputs; ++k) x[k] = element<typename S::Sum>(packs[k], e);
 }
 
-// Terms of sums over a row, from the packs at lane e.
-template <class S> struct GramTerms {
-  using Sum = typename S::Sum;
-  static constexpr int count = S::gram_size;
-  WN_DEVICE void operator()(const StepPacks<S>& packs, int e, Sum* term) const {
-    Sum x[S::inputs];
-    elements<S>(packs, e, x);
-    add_products<typename S::Formula>(x, term);
-  }
-};
-template <class S> struct ResidualTerms {
-  using Sum = typename S::Sum;
-  static constexpr int count = S::residuals;
-  Sum c[S::coefficients];
-  WN_DEVICE void operator()(const StepPacks<S>& packs, int e, Sum* term) const {
-    Sum x[S::inputs];
-    elements<S>(packs, e, x);
-    S::Formula::residual(c, x, term);
-  }
-};
-template <class S> struct NonzeroTerms {
-  using Sum = uint32_t;
-  static constexpr int count = S::inputs;
-  WN_DEVICE void operator()(const StepPacks<S>& packs, int e, Sum* term) const {
-#pragma unroll
-    for (int k = 0; k < S::inputs; ++k) term[k] = nonzero_bits<typename S::Sum>(packs[k], e);
-  }
-};
-
 // ---- the rows of a block -------------------------------------------------------------------------------------------
 
 // Rows: each has a team of threads, in one block, in a cluster, or in each of the blocks that split it. Columns: the
@@ -191,103 +162,6 @@ template <class S> struct BlockRows {
     return all;
   }
 
-  // Shows every pack of this thread to visit(place, packs): from memory or, where they are held, from shared memory.
-  template <class Visit> WN_DEVICE void pass(bool from_held, bool hold, int64_t block, Visit&& visit) const {
-    const int64_t inner = problem.layout.inner, step = problem.layout.rows * inner;
-    const int piece = plan.pieces == 1 ? 0 : static_cast<int>(block % plan.pieces);
-    RowWalk<S::pack> walk(problem.layout, plan, row0 + mine,
-                          columns ? tid() / plan.tile_threads : piece * plan.width + team.rank);
-    if (mine >= rows) walk.segment = plan.segments;  // nothing to do
-    Words* held = reinterpret_cast<Words*>(shared<char>() + plan.store_at) + tid();
-    while (walk.more()) {
-      StepPacks<S> packs[S::at_once];
-      Place place[S::at_once];
-#pragma unroll
-      for (int b = 0; b < S::at_once; ++b, walk.advance()) {
-        if (columns) {
-          const int64_t outer = walk.next * S::pack, rest = problem.layout.outer - outer;
-          place[b] = {outer * step + row0 * inner + lane(), walk.more() ? all_lanes<S::pack> : 0u, 0};
-          if (rest < S::pack) place[b].lanes &= rest > 0 ? (1u << rest) - 1 : 0u;
-        } else {
-          place[b] = walk.place();
-        }
-        place[b].stride = columns ? step : 1;
-        if (place[b].lanes == 0) {
-#pragma unroll
-          for (int k = 0; k < S::inputs; ++k) packs[b][k] = {};
-        } else if (from_held) {
-#pragma unroll
-          for (int k = 0; k < S::inputs; ++k) packs[b][k] = held[(b * S::inputs + k) * block_threads()];
-        } else {
-#pragma unroll
-          for (int k = 0; k < S::inputs; ++k)
-            packs[b][k] = k == 1 ? load_gradient<S>(problem.in[1], problem.in_type[1], place[b], plan.vectors)
-                                 : load_pack<A, S::pack>(problem.in[k], place[b], plan.vectors);
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < S::at_once; ++b) {
-        if (hold && place[b].lanes != 0)
-#pragma unroll
-          for (int k = 0; k < S::inputs; ++k) held[(b * S::inputs + k) * block_threads()] = packs[b][k];
-        visit(place[b], packs[b]);
-      }
-      held += S::at_once * S::inputs * block_threads();
-    }
-  }
-
-  // total[row, i] = reduction of the terms over the row, in this block or cluster
-  template <class Terms, class Total, class Operation>
-  WN_DEVICE void reduce(bool from_held, bool hold, int64_t block, const Terms& terms, Total* total,
-                        Operation operation) const {
-    using T = typename Terms::Sum;
-    constexpr int n = Terms::count;
-    T sum[n] = {};
-    pass(from_held, hold, block, [&](const Place&, const StepPacks<S>& packs) {
-      T of_pack[n] = {};  // first: shorter chains of additions lose less
-#pragma unroll
-      for (int e = 0; e < S::pack; ++e) {
-        T term[n] = {};
-        terms(packs, e, term);
-#pragma unroll
-        for (int i = 0; i < n; ++i) of_pack[i] = operation(of_pack[i], term[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < n; ++i) sum[i] = operation(sum[i], of_pack[i]);
-    });
-    if (columns) {
-      reduce_columns(sum, total, operation);
-    } else {
-      team.reduce(sum, operation);
-      if (team.rank == 0 && mine < rows)
-#pragma unroll
-        for (int i = 0; i < n; ++i) total[mine * n + i] = sum[i];
-    }
-    block_sync();
-  }
-  template <class T, int n, class Total, class Operation>
-  WN_DEVICE void reduce_columns(T (&x)[n], Total* total, Operation operation) const {
-    T* partial = shared<T>();
-    const int tile = plan.tile_threads, warps = block_threads() / warp, inner = static_cast<int>(problem.layout.inner);
-#pragma unroll 1
-    for (int distance = warp / 2; distance >= tile; distance /= 2)
-#pragma unroll
-      for (int i = 0; i < n; ++i) x[i] = operation(x[i], shfl_xor(~0u, x[i], distance));
-    block_sync();
-    if (tid() % warp < tile)
-#pragma unroll
-      for (int i = 0; i < n; ++i) partial[(i * warps + tid() / warp) * tile + lane()] = x[i];
-    block_sync();
-#pragma unroll 1
-    for (int t = tid(); t < rows * n; t += block_threads()) {
-      const int row = t / n;
-      T sum = 0;
-      for (int w = 0; w < warps; ++w)
-        for (int j = 0; j < inner; ++j) sum = operation(sum, partial[((t - row * n) * warps + w) * tile + row * inner + j]);
-      total[t] = sum;
-    }
-  }
-
   // A condition of any thread of the block; in a cluster that of its first block, with the coefficients found there.
   WN_DEVICE bool share(bool condition) const {
     condition = block_any(condition);
@@ -327,27 +201,6 @@ template <class S> struct BlockRows {
     for (int i = 0; i < S::gram_size; ++i) sum[i] = static_cast<A>(gram[row * S::gram_size + i]);
   }
 
-  WN_DEVICE void combine(bool from_held, int64_t block) const {
-    A c[S::coefficients];
-    load_coefficients(c, mine);
-    pass(from_held, false, block, [&](const Place& place, const StepPacks<S>& packs) {
-      Words out[S::outputs] = {};
-#pragma unroll
-      for (int e = 0; e < S::pack; ++e) {
-        A x[S::inputs], y[S::outputs];
-        elements<S>(packs, e, x);
-        F::combine(c, x, y);
-#pragma unroll
-        for (int l = 0; l < S::outputs; ++l) insert(out[l], e, y[l]);
-      }
-#pragma unroll
-      for (int l = 0; l < S::copy; ++l) store_pack<A, S::pack>(problem.out[l], place, plan.vectors, out[l]);
-      if constexpr (sizeof(A) == 4)
-        if (problem.out[S::copy] != nullptr)
-          store_copy<S>(problem.out[S::copy], problem.out_type[S::copy], place, plan.vectors, out[S::copy]);
-    });
-  }
-
   // Of a split row: what its pieces found, added up by one thread for each number.
   template <class T, int n, class Total, class Operation>
   WN_DEVICE void total(const StepWorkspace<S>& workspace, T (StepWorkspace<S>::Piece::*member)[n], Total* sum,
@@ -360,6 +213,131 @@ template <class S> struct BlockRows {
     block_sync();
   }
 };
+
+// ---- passes over the rows ------------------------------------------------------------------------------------------
+
+// total[row, i] = the reduction of x[i], i < count, over the threads of a row in this block or cluster.
+template <class S, class T, int n, class Total, class Operation>
+WN_DEVICE void reduce_rows(const BlockRows<S>& rows, T (&x)[n], int count, Total* total, Operation operation) {
+  const Plan& plan = rows.plan;
+  if (!rows.columns) {
+    rows.team.reduce(x, operation);
+    if (rows.team.rank == 0 && rows.mine < rows.rows)
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        if (i < count) total[rows.mine * count + i] = x[i];
+    return block_sync();
+  }
+  T* partial = shared<T>();
+  const int tile = plan.tile_threads, warps = block_threads() / warp, inner = static_cast<int>(rows.problem.layout.inner);
+#pragma unroll 1
+  for (int distance = warp / 2; distance >= tile; distance /= 2)
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = operation(x[i], shfl_xor(~0u, x[i], distance));
+  block_sync();
+  if (tid() % warp < tile)
+#pragma unroll
+    for (int i = 0; i < n; ++i) partial[(i * warps + tid() / warp) * tile + rows.lane()] = x[i];
+  block_sync();
+#pragma unroll 1
+  for (int t = tid(); t < rows.rows * count; t += block_threads()) {
+    const int row = t / count;
+    T sum = 0;
+    for (int w = 0; w < warps; ++w)
+      for (int j = 0; j < inner; ++j)
+        sum = operation(sum, partial[((t - row * count) * warps + w) * tile + row * inner + j]);
+    total[t] = sum;
+  }
+  block_sync();
+}
+
+enum class Pass { gram, residual, nonzero, combine };
+
+// Every pass is this loop, out of line: loads of every type and alignment are most of its code. Sums go to the arrays of
+// the rows; `redo` tells that some rows are not to be combined.
+template <class S>
+WN_OUTLINE void pass_over(const Entry<typename S::Formula>& entry, int64_t block, bool by_row, Pass pass, bool redo = false) {
+  using A = typename S::Sum;
+  using F = typename S::Formula;
+  constexpr int most = S::gram_size > S::residuals ? S::gram_size : S::residuals;
+  const BlockRows<S> rows(entry, block, by_row);
+  const Problem<F>& problem = entry.problem;
+  const Plan plan = entry.plan;  // in registers, where no store can change it
+  const Layout layout = problem.layout;
+  const bool columns = rows.columns, own = rows.mine < rows.rows && !(redo && rows.redo[rows.mine]);
+  const bool from_held = plan.held && (pass == Pass::residual || pass == Pass::combine);
+  const int64_t step = layout.rows * layout.inner;
+  A c[S::coefficients] = {}, sum[most] = {};
+  uint32_t nonzero[S::inputs] = {};
+  if (own && (pass == Pass::residual || pass == Pass::combine)) rows.load_coefficients(c, rows.mine);
+
+  const int piece = plan.pieces == 1 ? 0 : static_cast<int>(block % plan.pieces);
+  RowWalk<S::pack> walk(layout, plan, rows.row0 + rows.mine,
+                        columns ? tid() / plan.tile_threads : piece * plan.width + rows.team.rank);
+  if (!own) walk.segment = plan.segments;  // nothing to do
+  Words* held = reinterpret_cast<Words*>(shared<char>() + plan.store_at) + tid();
+  while (walk.more()) {
+    StepPacks<S> packs[S::at_once];
+    Place place[S::at_once];
+#pragma unroll
+    for (int b = 0; b < S::at_once; ++b, walk.advance()) {
+      if (columns) {
+        const int64_t outer = walk.next * S::pack, rest = layout.outer - outer;
+        place[b] = {outer * step + rows.row0 * layout.inner + rows.lane(), walk.more() ? all_lanes<S::pack> : 0u, step};
+        if (rest < S::pack) place[b].lanes &= rest > 0 ? (1u << rest) - 1 : 0u;
+      } else {
+        place[b] = walk.place();
+      }
+#pragma unroll
+      for (int k = 0; k < S::inputs; ++k) {
+        if (place[b].lanes == 0) packs[b][k] = {};
+        else if (from_held) packs[b][k] = held[(b * S::inputs + k) * block_threads()];
+        else if (k == 1) packs[b][k] = load_gradient<S>(problem.in[k], problem.in_type[k], place[b], plan.vectors);
+        else packs[b][k] = load_pack<A, S::pack>(problem.in[k], place[b], plan.vectors);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < S::at_once; ++b) {
+      if (pass == Pass::gram && plan.held && place[b].lanes != 0)
+#pragma unroll
+        for (int k = 0; k < S::inputs; ++k) held[(b * S::inputs + k) * block_threads()] = packs[b][k];
+      A of_pack[most] = {};  // first: shorter chains of additions lose less
+      Words out[S::outputs] = {};
+#pragma unroll
+      for (int e = 0; e < S::pack; ++e) {
+        A x[S::inputs], term[S::residuals], y[S::outputs];
+        elements<S>(packs[b], e, x);
+        if (pass == Pass::gram) {
+          add_products<F>(x, of_pack);
+        } else if (pass == Pass::residual) {
+          F::residual(c, x, term);
+#pragma unroll
+          for (int i = 0; i < S::residuals; ++i) of_pack[i] += term[i];
+        } else if (pass == Pass::nonzero) {
+#pragma unroll
+          for (int k = 0; k < S::inputs; ++k) nonzero[k] |= nonzero_bits<A>(packs[b][k], e);
+        } else {
+          F::combine(c, x, y);
+#pragma unroll
+          for (int l = 0; l < S::outputs; ++l) insert(out[l], e, y[l]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < most; ++i) sum[i] += of_pack[i];
+      if (pass != Pass::combine) continue;
+#pragma unroll
+      for (int l = 0; l < S::copy; ++l) store_pack<A, S::pack>(problem.out[l], place[b], plan.vectors, out[l]);
+      if constexpr (sizeof(A) == 4)
+        if (problem.out[S::copy] != nullptr)
+          store_copy<S>(problem.out[S::copy], problem.out_type[S::copy], place[b], plan.vectors, out[S::copy]);
+    }
+    held += S::at_once * S::inputs * block_threads();
+  }
+  if (pass == Pass::combine) return;
+  if (pass == Pass::nonzero) return reduce_rows(rows, nonzero, S::inputs, rows.nonzero, Or{});
+  reduce_rows(rows, sum, pass == Pass::gram ? S::gram_size : S::residuals,
+              pass == Pass::gram ? rows.gram : rows.residual, Plus{});
+}
 
 // ---- between the passes --------------------------------------------------------------------------------------------
 
@@ -470,15 +448,15 @@ WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::
   const auto& entry = table.of_block(index);
   const auto& formula = entry.problem.formula;
   const Phase phase = table.phase;
-  const bool whole = phase == Phase::whole, by_row = phase == Phase::coefficients, held = entry.plan.held;
+  const bool whole = phase == Phase::whole, by_row = phase == Phase::coefficients;
   int64_t block = index - entry.begin;
   const auto of_block = [&] { return BlockRows<S>(entry, block = opaque(block), by_row); };
   const StepWorkspace<S> workspace(entry.workspace, entry.problem.layout);
 
   if (whole || phase == Phase::sums) {
-    const auto rows = of_block();
-    rows.reduce(false, held, block, GramTerms<S>{}, rows.gram, Plus{});
+    pass_over<S>(entry, block, by_row, Pass::gram);
     if (phase == Phase::sums) {
+      const auto rows = of_block();
       auto& piece = workspace.piece[block];
       for (int i = tid(); i < S::gram_size; i += block_threads()) piece.gram[i] = rows.gram[i];
       if (rows.safe(0))  // then nothing of this piece is all zeros
@@ -497,10 +475,8 @@ WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::
     wanted = rows.share(needed);
   }
   if (wanted && !by_row) {
+    pass_over<S>(entry, block, by_row, Pass::residual);
     const auto rows = of_block();
-    ResidualTerms<S> terms;
-    rows.load_coefficients(terms.c, rows.mine < rows.rows ? rows.mine : 0);
-    rows.reduce(held, false, block, terms, rows.residual, Plus{});
     if (!whole)
       for (int i = tid(); i < S::residuals; i += block_threads()) workspace.piece[block].residual[i] = rows.residual[i];
   }
@@ -521,10 +497,7 @@ WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::
     }
     uncertain = rows.share(uncertain);
   }
-  if (phase == Phase::sums ? !of_block().safe(0) : whole && uncertain) {
-    const auto rows = of_block();
-    rows.reduce(false, false, block, NonzeroTerms<S>{}, rows.nonzero, Or{});
-  }
+  if (phase == Phase::sums ? !of_block().safe(0) : whole && uncertain) pass_over<S>(entry, block, by_row, Pass::nonzero);
   if (phase == Phase::sums) {
     const auto rows = of_block();
     for (int k = tid(); k < S::inputs; k += block_threads()) workspace.piece[block].nonzero[k] = rows.nonzero[k];
@@ -553,10 +526,7 @@ WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::
       block_sync();
     }
   }
-  if (!by_row) {
-    const auto rows = of_block();
-    if (rows.mine < rows.rows && !(uncertain && rows.redo[rows.mine])) rows.combine(held, block);
-  }
+  if (!by_row) pass_over<S>(entry, block, by_row, Pass::combine, uncertain);
   if (uncertain) redo_rows<S>(entry, block, by_row);
 }
 
