@@ -52,6 +52,7 @@ racecheck() { sanitize racecheck; }
 bench() {
   run kernels "$python" -m bench.kernels --device cuda --seconds 2 --out "$results"
   run layers "$python" -m bench.layers --device cuda --seconds 2 --out "$results"
+  run optimizers "$python" -m bench.optimizers --device cuda --seconds 2 --out "$results"
   run overhead "$python" -m bench.overhead --device cuda --seconds 3 --out "$results"
 }
 

@@ -2,6 +2,7 @@
 one large weight and for many small ones, and a full training step of one Linear layer.
 
     python -m bench.optimizers
+    python -m bench.optimizers --device cuda
 """
 
 import torch
@@ -76,6 +77,7 @@ def cases():
 def main(arguments=None):
     options = harness.parser(__doc__, seconds=10).parse_args(arguments)
     facts, folder = harness.begin(options)
+    torch.set_default_device(options.device)
     rows, missed = [], []
     with harness.Progress(3 * len(OPTIMIZERS), "optimizers") as progress:
         for case, make, build in cases():
@@ -84,7 +86,7 @@ def main(arguments=None):
                 source, copy = torch.randn(4096, 4096), torch.empty(4096, 4096)
                 if "4096" in case:
                     calls["copy"] = lambda: copy.copy_(source)  # noqa: B023
-                times = harness.measure(calls, seconds=options.seconds)
+                times = harness.measure(calls, device=options.device, seconds=options.seconds)
                 for provider in calls:
                     row = {"case": case, "optimizer": name, "provider": provider}
                     row |= harness.summary(times, provider, {"fused": "torch fused"})

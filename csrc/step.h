@@ -204,7 +204,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     double n = ::sqrt(along * along + perp * perp), angle = rows.angle(perp, along);
     double of_t = x.n - lr * u.A, of_G = -lr * u.B, of_m = -lr * u.C;
     double scale = n > 0 ? s / n : 0;
-    if (rows.retraction == Retraction::geodesic) {
+    if (!with_momentum && rows.retraction == Retraction::geodesic) {
       const double tangential = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n;
       angle = rate * tangential;
       const double sine = tangential > 0 ? ::sin(angle) / tangential : rate;
@@ -257,7 +257,8 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
   PolarRow rows;
   bool decoupled;  // decay of v and r themselves (AdamW), not of their gradients (Adam)
   RowValues beta1, beta2, eps;
-  double correction1, correction2_root;  // 1 - beta1^step, sqrt(1 - beta2^step)
+  double correction1, correction2_root;  // 1 - beta1^step, sqrt(1 - beta2^step); 0 for those of `step`
+  RowValues step;                        // the count of steps with this one, where only the device knows it
   double *radius_average, *radius_square, *radius_largest;  // [R], the last with amsgrad
 
   enum : int { kW, kG, kAlong, kOneMinusBeta1, kBeta2, kOneMinusBeta2, kCorrection, kEps, kDecayed, kRate, kScale };
@@ -276,6 +277,13 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     return m;
   }
 
+  struct Corrections { double first, second_root; };
+  WN_INLINE Corrections corrections(int64_t row) const {
+    if (correction1 != 0) return {correction1, correction2_root};
+    const double count = step.at<double>(row);
+    return {1 - ::pow(beta1.at<double>(row), count), ::sqrt(1 - ::pow(beta2.at<double>(row), count))};
+  }
+
   // Terms: |U|^2, <U, w>, and the square of G without its part along w.
   template <class A> WN_INLINE bool prepare(int64_t row, const A* gram, const int* e, A* c) const {
     const PolarRow::State x = rows.before(row, gram, e);
@@ -288,10 +296,11 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     c[kOneMinusBeta1] = static_cast<A>(lost ? 0 : 1 - b1);
     c[kBeta2] = static_cast<A>(lost ? 1 : b2);
     c[kOneMinusBeta2] = static_cast<A>(lost ? 0 : 1 - b2);
-    c[kCorrection] = static_cast<A>(1 / correction2_root);
+    const Corrections correction = corrections(row);
+    c[kCorrection] = static_cast<A>(1 / correction.second_root);
     c[kEps] = static_cast<A>(eps.at<double>(row));
     c[kDecayed] = static_cast<A>(finite(shifted((decoupled ? 1 - lr * decay : 1) * unit_w, e[0])));
-    c[kRate] = static_cast<A>(lr / correction1 / x.n);
+    c[kRate] = static_cast<A>(lr / correction.first / x.n);
     c[kScale] = A(0);
     return !lost;
   }
@@ -319,7 +328,8 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     if constexpr (amsgrad) largest = radius_largest[row];
     double r = x.r, s = 0, n = x.n, G_perp = 0, angle = 0;
     if (sums != nullptr) {
-      const double lr = rows.lr.at<double>(row), rate = lr / correction1, decay = rows.weight_decay.at<double>(row);
+      const Corrections correction = corrections(row);
+      const double lr = rows.lr.at<double>(row), rate = lr / correction.first, decay = rows.weight_decay.at<double>(row);
       if (rows.kind != Kind::unit) {
         const double radius_lr = rows.radius_lr.at<double>(row), r_decay = rows.radius_weight_decay.at<double>(row);
         const double dr = (rows.kind == Kind::ewn ? x.s * x.p : x.p) + (decoupled ? 0 : r_decay * r);
@@ -328,8 +338,8 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
         square = b2 * square + (1 - b2) * dr * dr;
         largest = larger(largest, square);
         if (decoupled) r *= 1 - radius_lr * r_decay;
-        r -= radius_lr / correction1 * average /
-             (::sqrt(amsgrad ? largest : square) / correction2_root + eps.at<double>(row));
+        r -= radius_lr / correction.first * average /
+             (::sqrt(amsgrad ? largest : square) / correction.second_root + eps.at<double>(row));
       }
       s = rows.signed_length(r);
       const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));

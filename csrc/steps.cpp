@@ -1,5 +1,8 @@
 // Operators of the polar-coordinate steps: lists of weights in, everything updated in place.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include "tensors.h"
@@ -48,10 +51,13 @@ struct Numbers {
   at::ArrayRef<double> values;
   const TensorOptions& tensors;
 
-  RowValues at(size_t index, const Layout& layout, const char* name) const {
+  RowValues at(size_t index, const Layout& layout, const char* name, c10::Device device) const {
     if (tensors.size() == 0 || !tensors.get(index).has_value()) return {nullptr, DType::f32, values[index]};
     const Tensor t = *tensors.get(index);
     check_weight_dtype(name, t.scalar_type());
+    if (t.is_cpu() && t.numel() == 1) return {nullptr, DType::f32, values_of(t).at<double>(0)};
+    TORCH_CHECK(t.device() == device, name, " must be a number, or on the weight's device ", device,
+                ", or one element on the CPU; got ", t.sizes(), " on ", t.device());
     TORCH_CHECK_VALUE(t.is_contiguous() && (t.numel() == 1 || t.numel() == layout.rows), name,
                       " must be a number or a contiguous tensor of 1 or ", layout.rows, " elements, got shape ", t.sizes());
     RowValues row = values_of(t);
@@ -75,19 +81,21 @@ struct Arguments {
 PolarRow row_of(size_t i, const Arguments& a, const Layout& layout, Kind kind, Retraction retraction, bool maximize,
                 const std::optional<Tensor>& grad_scale) {
   const bool f64 = a.weights[i].scalar_type() == at::kDouble;
+  const c10::Device device = a.weights[i].device();
   PolarRow row;
   row.kind = kind;
   row.retraction = retraction;
   row.gradient_sign = maximize ? -1 : 1;
   row.grad_scale = {nullptr, DType::f32, 1};
   if (grad_scale) {
+    check_device("grad_scale", *grad_scale, a.weights[i]);
     row.grad_scale = values_of(*grad_scale);
     row.grad_scale.stride = 0;
   }
-  row.lr = a.numbers.at(kLr, layout, "lr");
-  row.radius_lr = a.numbers.at(kRadiusLr, layout, "radius_lr");
-  row.weight_decay = a.numbers.at(kWeightDecay, layout, "weight_decay");
-  row.radius_weight_decay = a.numbers.at(kRadiusWeightDecay, layout, "radius_weight_decay");
+  row.lr = a.numbers.at(kLr, layout, "lr", device);
+  row.radius_lr = a.numbers.at(kRadiusLr, layout, "radius_lr", device);
+  row.weight_decay = a.numbers.at(kWeightDecay, layout, "weight_decay", device);
+  row.radius_weight_decay = a.numbers.at(kRadiusWeightDecay, layout, "radius_weight_decay", device);
   // Rounding moves the norm of a row by a few units in the last place; an edit that small changes nothing either.
   row.edit_tolerance = f64 ? 1e-12 : 1e-5;
   row.edit_floor = f64 ? limits<double>::smallest_normal : limits<float>::smallest_normal;
@@ -142,6 +150,34 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
   TORCH_CHECK_TYPE(same_types(w, a.weights[0]) && same_types(a.grads[i], a.grads[0]) &&
                        (a.copies.empty() || same_types(a.copies[i], a.copies[0])),
                    "weights of one call must share a dtype, and so must grads and copies");
+  TORCH_CHECK(w.device() == a.weights[0].device(), "weights of one call must be on one device, got ",
+              a.weights[0].device(), " and ", w.device());
+}
+
+// Nothing is done where found_inf is not 0, which only the device knows on a GPU.
+template <class Formula>
+void run_on(const Tensor& first, const std::vector<Problem<Formula>>& problems, const std::optional<Tensor>& found_inf) {
+  if (found_inf) {
+    check_device("found_inf", *found_inf, first);
+    TORCH_CHECK_TYPE(found_inf->scalar_type() == at::kFloat, "found_inf must be float32, got ", found_inf->scalar_type());
+  }
+  const float* skip = found_inf ? found_inf->const_data_ptr<float>() : nullptr;
+  if (first.is_cpu()) {
+    if (skip == nullptr || *skip == 0) cpu::run(problems);
+    return;
+  }
+#if defined(WN_WITH_CUDA)
+  if constexpr (Formula::outputs == Formula::inputs) {  // with room for a copy
+    const c10::DeviceGuard guard(first.device());
+    const c10::impl::VirtualGuardImpl device(c10::DeviceType::CUDA);
+    const int64_t bytes = cuda::workspace_bytes(problems);
+    const Tensor workspace = bytes > 0 ? at::empty({bytes}, first.options().dtype(at::kByte)) : Tensor();
+    cuda::run(problems, device.getStream(first.device()).native_handle(),
+              bytes > 0 ? workspace.mutable_data_ptr() : nullptr, skip);
+  }
+#else
+  TORCH_CHECK(false, "this build of wnkernels has no kernels for ", first.device());
+#endif
 }
 
 // Construction checks everything; `run` then builds one problem per weight, completed by fill(formula, i, layout), and
@@ -162,7 +198,14 @@ struct Call {
     }
   }
 
-  template <class Formula, class F> void run(F&& fill) const {
+  // Formula<option, copy>: on a GPU the kernels with room for a copy serve without one too.
+  template <template <bool, bool> class Formula, bool option, class F>
+  void run(const std::optional<Tensor>& found_inf, F&& fill) const {
+    if (a.copies.empty() && a.weights[0].is_cpu()) run<Formula<option, false>>(found_inf, fill);
+    else run<Formula<option, true>>(found_inf, fill);
+  }
+
+  template <class Formula, class F> void run(const std::optional<Tensor>& found_inf, F&& fill) const {
     std::vector<Problem<Formula>> problems;
     std::vector<Tensor> grads(a.weights.size());  // kept until the kernels are done
     for (size_t i = 0; i < a.weights.size(); ++i) {
@@ -179,7 +222,7 @@ struct Call {
       if (!a.copies.empty()) out.push_back(&a.copies[i]);
       problems.push_back(problem_of(formula, layouts[i], in, out));
     }
-    if (!problems.empty()) cpu::run(problems);
+    if (!problems.empty()) run_on(a.weights[0], problems, found_inf);
     const auto written = [](TensorList list) {
       for (const Tensor& t : list) t.unsafeGetTensorImpl()->bump_version();
     };
@@ -188,8 +231,6 @@ struct Call {
     for (const TensorList list : {a.weights, a.radius, a.norm, a.copies, a.telemetry}) written(list);
   }
 };
-
-bool skipped(const std::optional<Tensor>& found_inf) { return found_inf && found_inf->item<float>() != 0; }
 
 void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList momentum_buffers,
                 TensorList radius_momentum, TensorList copies, TensorList telemetry, string_view kind,
@@ -208,18 +249,15 @@ void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorL
                     "weight_decay");
   if (weights.empty() || weights[0].is_meta()) return;
   const Call call(a, kind, r, maximize, grad_scale);
-  if (skipped(found_inf)) return;
   const auto fill = [&](auto& formula, size_t i, const Layout& layout) {
     formula.nesterov = nesterov;
     if (a.state.empty()) return;
-    formula.momentum = a.numbers.at(kMomentum, layout, "momentum");
-    formula.gradient_weight = a.numbers.at(kGradientWeight, layout, "gradient_weight");
+    formula.momentum = a.numbers.at(kMomentum, layout, "momentum", weights[i].device());
+    formula.gradient_weight = a.numbers.at(kGradientWeight, layout, "gradient_weight", weights[i].device());
     formula.radius_momentum = radius_momentum[i].mutable_data_ptr<double>();
   };
-  if (a.state.empty())
-    copies.empty() ? call.run<PolarSgd<false, false>>(fill) : call.run<PolarSgd<false, true>>(fill);
-  else
-    copies.empty() ? call.run<PolarSgd<true, false>>(fill) : call.run<PolarSgd<true, true>>(fill);
+  if (a.state.empty()) call.run<PolarSgd, false>(found_inf, fill);
+  else call.run<PolarSgd, true>(found_inf, fill);
 }
 
 void polar_adam_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList exp_avg,
@@ -241,24 +279,26 @@ void polar_adam_(TensorList weights, TensorList grads, TensorList radius, Tensor
   TORCH_CHECK_VALUE(r != Retraction::geodesic, "retraction 'geodesic' follows one gradient: it does not go with Adam");
   if (weights.empty() || weights[0].is_meta()) return;
   const Call call(a, kind, r, maximize, grad_scale);
-  if (skipped(found_inf)) return;
-  const auto number = [&](size_t index, const char* name) { return a.numbers.at(index, Layout{1, 1, 1}, name).at<double>(0); };
-  const double step = number(kStep, "step");
   const auto fill = [&](auto& formula, size_t i, const Layout& layout) {
+    const auto number = [&](size_t index, const char* name) {
+      return a.numbers.at(index, layout, name, weights[i].device());
+    };
     formula.decoupled = decoupled;
-    formula.beta1 = a.numbers.at(kBeta1, layout, "beta1");
-    formula.beta2 = a.numbers.at(kBeta2, layout, "beta2");
-    formula.eps = a.numbers.at(kEps, layout, "eps");
-    formula.correction1 = 1 - std::pow(number(kBeta1, "beta1"), step);
-    formula.correction2_root = std::sqrt(1 - std::pow(number(kBeta2, "beta2"), step));
+    formula.beta1 = number(kBeta1, "beta1");
+    formula.beta2 = number(kBeta2, "beta2");
+    formula.eps = number(kEps, "eps");
+    formula.step = number(kStep, "step");
+    const auto known = [&](const RowValues& x) { return x.data == nullptr; };
+    if (known(formula.step) && known(formula.beta1) && known(formula.beta2)) {
+      formula.correction1 = 1 - std::pow(formula.beta1.value, formula.step.value);
+      formula.correction2_root = std::sqrt(1 - std::pow(formula.beta2.value, formula.step.value));
+    }
     formula.radius_average = radius_exp_avg[i].mutable_data_ptr<double>();
     formula.radius_square = radius_exp_avg_sq[i].mutable_data_ptr<double>();
     formula.radius_largest = amsgrad ? radius_max_exp_avg_sq[i].mutable_data_ptr<double>() : nullptr;
   };
-  if (amsgrad)
-    copies.empty() ? call.run<PolarAdam<true, false>>(fill) : call.run<PolarAdam<true, true>>(fill);
-  else
-    copies.empty() ? call.run<PolarAdam<false, false>>(fill) : call.run<PolarAdam<false, true>>(fill);
+  if (amsgrad) call.run<PolarAdam, true>(found_inf, fill);
+  else call.run<PolarAdam, false>(found_inf, fill);
 }
 
 }  // namespace
@@ -282,6 +322,9 @@ static void register_steps(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_steps(m); }
 TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_steps(m); }
+#if defined(WN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_steps(m); }
+#endif
 
 namespace op {
 void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList momentum_buffers,

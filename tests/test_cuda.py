@@ -6,6 +6,7 @@ from test_functional import KINDS, PAIRS, SHAPES, draw, leaves, oracle, unit_rou
 
 from wnkernels import functional as wF
 from wnkernels import nn as wn
+from wnkernels.optim import PolarAdamW, PolarSGD, polar_groups
 
 pytestmark = pytest.mark.cuda
 
@@ -54,3 +55,153 @@ def test_side_stream_and_graph(cuda):
     v.normal_()
     graph.replay()
     torch.testing.assert_close(w, wF.weight_norm(v, g))
+
+
+# ---- polar steps: the same on the CPU, whose kernels tests/test_steps.py holds against torch -------------------------
+
+OPTIMIZERS = [(PolarSGD, dict(lr=0.05)), (PolarSGD, dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)),
+              (PolarAdamW, dict(lr=0.01)), (PolarAdamW, dict(lr=0.01, amsgrad=True))]
+# Short rows, rows of blocks, clusters and splits, one row, columns, and a 4-dimensional weight.
+STEP_SHAPES = [((64, 33), 0), ((300, 5000), 0), ((200, 30000), 0), ((3, 300001), 0), ((70, 90), None), ((500, 300), 1),
+               ((9, 7, 3, 3), 0), ((9, 7, 3, 3), 1), ((5, 1), 0)]
+
+
+def step_on(device, cls, options, shape, dim, dtype, kind, steps):
+    generator = torch.Generator().manual_seed(3)
+    p = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype))
+    optimizer = cls([p], kind=kind, dim=dim, telemetry=True, **options)
+    for _ in range(steps):
+        p.grad = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.1).to(device, dtype)
+        optimizer.step()
+    return p.detach(), optimizer
+
+
+@pytest.mark.parametrize("cls,options", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape,dim", STEP_SHAPES)
+def test_polar_steps(cuda, shape, dim, dtype, cls, options):
+    kind = "ewn" if dtype == torch.float32 else "swn"
+    w, optimizer = step_on(cuda, cls, options, shape, dim, dtype, kind, 3)
+    expected, on_cpu = step_on("cpu", cls, options, shape, dim, dtype, kind, 3)
+    # Adam divides by the root of its second moment, which is near 0 where a gradient is.
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    state, wanted = (next(iter(x.state.values())) for x in (optimizer, on_cpu))
+    for name, value in wanted.items():
+        scale = value.abs().max().item() or 1.0
+        torch.testing.assert_close(state[name].cpu(), value, rtol=tolerance, atol=tolerance * scale, msg=name)
+    if dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(w, state["master"].to(dtype))
+    else:
+        torch.testing.assert_close(w.cpu(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    again, _ = step_on(cuda, cls, options, shape, dim, dtype, kind, 3)
+    assert torch.equal(w, again)  # the same bits every time
+
+
+def kernel_names(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("cls,options", OPTIMIZERS)
+def test_one_launch_for_a_model(cuda, cls, options):
+    """Forty layers in one kernel, whatever their shapes."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64 + i, 65 + i, bias=False, device=cuda) for i in range(40)))
+    optimizer = cls(polar_groups(model), **options)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.step()
+    names = kernel_names(optimizer.step)
+    assert sum("step_kernel" in name for name in names) == 1
+    assert len(names) <= 2, "Adam's count, and the step"
+
+
+@pytest.mark.parametrize("cls,options", OPTIMIZERS)
+def test_steps_do_not_wait_for_the_device(cuda, cls, options):
+    model = torch.nn.Linear(30, 40, device=cuda)
+    optimizer = cls(polar_groups(model), **options, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=cuda), torch.zeros((), device=cuda)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("cls,options", OPTIMIZERS)
+def test_a_captured_training_step(cuda, cls, options):
+    """Replays of a graph of forward, backward and step go on as eager steps do, and see a new lr in its tensor."""
+    def make():
+        torch.manual_seed(4)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5)).to(cuda)
+        lr = torch.tensor(options["lr"], device=cuda)
+        return model, lr, cls(polar_groups(model, telemetry=True), capturable=True, **options | {"lr": lr})
+
+    inputs = torch.randn(12, 8, 20, device=cuda)
+    (model, lr, optimizer), (eager, eager_lr, eager_optimizer) = make(), make()
+    x = inputs[0].clone()
+
+    def train(model, optimizer, x):
+        optimizer.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            x.copy_(inputs[i])
+            train(model, optimizer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(model, optimizer, x)
+    for i in range(12):
+        if i == 7:
+            lr.mul_(0.5)
+            eager_lr.mul_(0.5)
+        train(eager, eager_optimizer, inputs[i])
+        if i >= 3:
+            x.copy_(inputs[i])
+            graph.replay()
+    for p, q in zip(model.parameters(), eager.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    for name, values in eager_optimizer.telemetry().items():
+        torch.testing.assert_close(optimizer.telemetry()[name]["norm"], values["norm"], rtol=1e-6, atol=0)
+
+
+def test_state_is_not_made_in_a_capture(cuda):
+    p = torch.nn.Parameter(torch.randn(4, 5, device=cuda))
+    p.grad = torch.randn_like(p)
+    optimizer = PolarAdamW([p])
+    with pytest.raises(RuntimeError, match="take two steps before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls,options", OPTIMIZERS)
+def test_grad_scaler_skips_on_the_device(cuda, cls, options):
+    p = torch.nn.Parameter(torch.randn(6, 7, device=cuda))
+    optimizer = cls([p], **options)
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    (scaler.scale(p.square().sum())).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    before = p.detach().clone()
+    p.grad[2, 3] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(p, before) and scaler.get_scale() == 4.0
+
+
+def test_devices_of_numbers(cuda):
+    w, r = torch.randn(3, 4, device=cuda), torch.ones(3, dtype=torch.float64, device=cuda)
+    arguments = dict(kind="swn", dims=[0], radius_lr=0.1)
+    wF.polar_sgd_([w], [w.clone()], [r], [r.clone()], lr=torch.tensor(0.1), **arguments)  # 0-d on the CPU: a number
+    with pytest.raises(RuntimeError, match="lr must be a number, or on the weight's device"):
+        wF.polar_sgd_([w], [w.clone()], [r], [r.clone()], lr=torch.full((3,), 0.1), **arguments)

@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHS = ["80", "90", "100"]
-# The call of the one function that is not inlined (redo_row, for rows out of range) keeps its caller's frame here.
+# The functions that are not inlined, for rows out of range and for the double arithmetic of one thread per row, may keep
+# their caller's frame here, a step kernel's that of their arrays; __internal ones are the compiler's.
+OUTLINED = ["redo_row", "prepare_row", "solve_row", "__internal"]
 FRAME = 32
 
 NVCC = next(filter(None, [
@@ -57,9 +59,10 @@ def test_no_spills(source, folder):
     kernels = set(re.findall(r"Compiling entry function '(\S+)'", messages))
     for name, frame, *spills in properties:
         if name in kernels:
-            assert spills == ["0", "0"] and int(frame) <= FRAME, f"{demangled(name)}: frame {frame}, spills {spills}"
+            assert spills == ["0", "0"], f"{demangled(name)}: spills {spills}"
+            assert int(frame) <= FRAME or "step_kernel" in name, f"{demangled(name)}: frame {frame}"
         else:
-            assert "redo_row" in name, f"{demangled(name)} is not inlined"
+            assert any(outlined in name for outlined in OUTLINED), f"{demangled(name)} is not inlined"
 
 
 def kernel_text(ptx, name, types):
@@ -82,6 +85,17 @@ def test_packs_move_as_vectors(source, inputs, dtype, folder):
         text = kernel_text(ptx, kernel, f"{types}.*{store}")
         for access in ["ld", "st"]:
             assert re.search(rf"{access}\.global(\.wb)?\.v4\.[ubf]32", text), f"no vector {access} in {kernel} {store}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source, formula", [("sgd", "PolarSgd"), ("adam", "PolarAdam")])
+def test_packs_of_steps_move_as_vectors(source, formula, folder):
+    """16 bytes per instruction, and 8 of a 16-bit gradient and copy."""
+    _, ptx = compiled(CUDA / f"{source}.cu", folder)
+    for option in ["true", "false"]:
+        text = kernel_text(ptx, "step_kernel", rf".*{formula}<{option}, true>, float>")
+        for access in [r"ld\.global\.v4", r"ld\.global\.v2", r"st\.global\.wb\.v4", r"st\.global\.wb\.v2"]:
+            assert re.search(rf"{access}\.[ubf]32", text), f"no {access}"
 
 
 @needs_nvcc

@@ -497,6 +497,8 @@ def test_sanitizers(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
         "columns, shared", "columns, split: outputs", "columns, split: sums", "columns, streamed", "rows, registers",
-        "rows, shared", "rows, split: outputs", "rows, split: sums", "rows, streamed", "split: coefficients"]
+        "rows, shared", "rows, split: outputs", "rows, split: sums", "rows, streamed", "split: coefficients", "steps",
+        "steps, big blocks", "steps, clusters", "steps, split: coefficients", "steps, split: outputs",
+        "steps, split: residuals", "steps, split: sums"]
     run = subprocess.run([program, "beyond"], capture_output=True, text=True)
     assert run.returncode != 0 and "AddressSanitizer" in run.stderr, "an element too many went unnoticed"

@@ -1178,3 +1178,35 @@ def weight():
 def test_wrong_arguments_are_named(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+# ------------------------------------------------------------------------------------------- loss scaling, capturable
+
+
+@pytest.mark.parametrize("options", [dict(momentum=0.9), dict(momentum=0.9, dampening=0.5)])
+def test_a_skipped_first_step_leaves_the_next_one_the_first(options):
+    weight, gradients = torch.randn(4, 5), torch.randn(3, 4, 5)
+    skipped, straight = (nn.Parameter(weight.clone()) for _ in range(2))
+    for p, taken in ((skipped, [None, 1, 2]), (straight, [1, 2])):
+        optimizer = PolarSGD([p], lr=0.1, **options)
+        for i in taken:
+            p.grad = torch.full((4, 5), math.inf) if i is None else gradients[i]
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(i is None))
+            optimizer.step()
+    assert torch.equal(skipped, straight)
+
+
+def test_capturable_sgd_takes_the_fused_step_of_plain_parameters():
+    results = []
+    for options in (dict(capturable=True, lr=torch.tensor(0.1)), dict(fused=True, lr=0.1)):
+        torch.manual_seed(1)
+        layer = nn.Linear(6, 5)
+        optimizer = PolarSGD(polar_groups(layer), momentum=0.9, **options)
+        for _ in range(3):
+            for p in layer.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append([p.detach() for p in layer.parameters()])
+    torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="capturable=True is torch's fused step"):
+        PolarSGD([nn.Parameter(torch.randn(2, 3))], capturable=True, foreach=True)

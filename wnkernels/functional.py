@@ -173,6 +173,10 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
     read once and written once. All lists have one tensor per weight; a row whose norm is not the kept radius has been
     edited, and its radius follows the weight. A weight's row that is zero has no direction and stays as it is.
 
+    On a GPU all weights go in one launch, or in few: very long rows, and lists of more than about fifty weights, take
+    more. Nothing waits for the device, and the call can be captured in a CUDA graph, which keeps the numbers but reads
+    tensors, ``found_inf`` and ``grad_scale`` among them, when it is replayed.
+
     Args:
         weights: float32 or float64, dense, overwritten. For a 16-bit parameter: its float32 master copy.
         grads: dL/dw, of the weights' shapes and dtype; beside ``copies`` of theirs or float32.
@@ -183,7 +187,7 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
         kind: "swn", "ewn" or "unit".
         dims: the dim of rows of each weight, or None for one row.
         lr, radius_lr, momentum, weight_decay, radius_weight_decay: numbers, tensors of one element, or, beside one
-            weight, of shape (R,). ``weight_decay`` acts on v, ``radius_weight_decay`` on g or α.
+            weight, of shape (R,); tensors on the weights' device, or of one element on the CPU. ``weight_decay`` acts on v, ``radius_weight_decay`` on g or α.
         dampening, nesterov, maximize: as in ``torch.optim.SGD``.
         retraction: "project" as torch; "renormalize" keeps ‖v‖; "geodesic" turns by lr s‖G⊥‖/‖v‖² along the great
             circle and keeps ‖v‖, without momentum and decay of v.
@@ -219,7 +223,8 @@ def polar_adam_(weights, grads, radius, norm, exp_avg, exp_avg_sq, radius_exp_av
         exp_avg, exp_avg_sq, max_exp_avg_sq: the averages of the gradient of v and of its square, and, for amsgrad, the
             largest of the latter; like the weights. Overwritten.
         radius_exp_avg, radius_exp_avg_sq, radius_max_exp_avg_sq: the same of the radius, float64 (R,). Overwritten.
-        step: the count of steps with this one, 1 on the first: a number or a tensor of one element.
+        step: the count of steps with this one, 1 on the first: a number or a tensor of one element. On a GPU the kernel
+            computes the bias corrections from it.
         betas, eps: as in ``torch.optim.Adam``; numbers or tensors of one element.
         retraction: "project" or "renormalize".
 
@@ -237,8 +242,11 @@ def polar_adam_(weights, grads, radius, norm, exp_avg, exp_avg_sq, radius_exp_av
 def _step(name, arguments):
     weights = arguments[0]
     if len(weights) and weights[0].device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{name}: weights must be on the CPU, the only device with kernels of this step so far; "
-                                  f"got {weights[0].device}")
+        if weights[0].device.type != "cuda" or not _C.build_info["cuda"]:
+            raise NotImplementedError(
+                f"{name}: weights must be on the CPU, or on a CUDA device for a build with CUDA; got {weights[0].device} "
+                "(python -m wnkernels info tells what was built)"
+            )
     if _compiling():
         getattr(_ops, name)(*arguments)
     else:

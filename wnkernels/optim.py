@@ -29,6 +29,10 @@ edits between two steps are picked up: where |w| is not the radius, the radius f
 noticed by the tensor's version, which ``p.data`` hides: edit ``p`` itself under ``torch.no_grad()``. State tensors are
 updated in place, and replaced only by `load_state_dict`.
 
+On CUDA the polar step never waits for the device, and can be captured in a CUDA graph after two steps outside of it, which
+make the state. A graph reads tensors when it is replayed (``lr``, the decays, Adam's count of steps, GradScaler's scale and
+verdict), and keeps numbers. ``capturable=True`` makes the step of plain parameters so too.
+
 ``torch.nn.utils.clip_grad_norm_`` sees dL/dw, the gradients of the plain weights, and not those of (g, v).
 """
 
@@ -257,6 +261,8 @@ class _PolarOptimizer(torch.optim.Optimizer):
         if plan is not None and plan.key == key and plan.present == present:
             if all(all(map(is_, map(self.state.get, bucket.params), bucket.states)) for bucket in plan.buckets):
                 return plan
+        if any(g is not None and g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("this step sets up state, which a CUDA graph would repeat: take two steps before the capture")
         plan = self._plans[number] = _Plan(key, present)
         buckets = {}
         for index, (p, grad) in enumerate(zip(group["params"], grads)):
@@ -356,8 +362,8 @@ class _PolarOptimizer(torch.optim.Optimizer):
                     "make the module with sparse=False, or take the parameter in a group of kind=None"
                 )
         grad_scale, found_inf = self._scaling(bucket.params[0].device)
-        if bucket.first and found_inf is not None and found_inf.item():
-            return  # the next step is the first one; later ones ask the device, and do not wait for it
+        if bucket.first and group.get("dampening") and found_inf is not None and found_inf.item():
+            return  # the next step is the first one, which is not dampened; other steps do not wait for the device
         before = None
         if bucket.rounded:
             before = [p._version for p in bucket.params]
@@ -411,12 +417,16 @@ class _PolarOptimizer(torch.optim.Optimizer):
         # torch's fused functions scale and skip on the device, except that of SGD when it makes its buffers; the others
         # must wait for the verdict.
         fresh = group.get("momentum") and any("momentum_buffer" not in self.state.get(p, ()) for p in params)
-        if found_inf is not None and (fresh or not group["fused"]) and found_inf.item():
+        if found_inf is not None and (fresh or not self._fused(group)) and found_inf.item():
             return
-        if group["fused"]:
+        if self._fused(group):
             self._plain_call(group, params, grads, grad_scale=grad_scale, found_inf=found_inf)
         else:
             self._plain_call(group, params, grads if grad_scale is None else [g / grad_scale for g in grads])
+
+    def _fused(self, group: dict) -> bool:
+        """Whether plain parameters take torch's fused step."""
+        return bool(group["fused"])
 
     def _plain_call(self, group: dict, params: list, grads: list, **scaling) -> None:
         raise NotImplementedError
@@ -539,6 +549,8 @@ class PolarSGD(_PolarOptimizer):
         kind, dim, radius_lr_ratio, radius_weight_decay, retraction, direction_norm, telemetry: defaults of the groups,
             see the module's docstring.
         foreach, fused: None or True; both are what the polar step is anyway. Plain parameters go by them as in torch.
+        capturable: plain parameters take torch's fused step, which reads a tensor lr on the device. The polar step is
+            always capturable.
 
     Raises: ValueError for an option that is not allowed, and for rows that are zero or not finite; what torch's
     optimizers raise.
@@ -563,6 +575,7 @@ class PolarSGD(_PolarOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -580,6 +593,7 @@ class PolarSGD(_PolarOptimizer):
             maximize=maximize,
             foreach=foreach,
             fused=fused,
+            capturable=capturable,
         )
         super().__init__(params, defaults)
 
@@ -587,6 +601,9 @@ class PolarSGD(_PolarOptimizer):
         super()._check_group(group)
         if not group["momentum"] >= 0:
             raise ValueError(f"momentum must be at least 0, got {group['momentum']}")
+        if group["capturable"] and (group["foreach"] or group["fused"] is False):
+            raise ValueError("capturable=True is torch's fused step of plain parameters: foreach must be None, and fused "
+                             f"None or True; got foreach={group['foreach']}, fused={group['fused']}")
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov needs a momentum and no dampening, got "
@@ -630,6 +647,9 @@ class PolarSGD(_PolarOptimizer):
             **options,
         )
 
+    def _fused(self, group: dict) -> bool:
+        return bool(group["fused"] or group["capturable"])
+
     def _plain_call(self, group: dict, params: list, grads: list, **scaling) -> None:
         buffers = [self.state[p].get("momentum_buffer") if p in self.state else None for p in params]
         sgd(
@@ -638,7 +658,7 @@ class PolarSGD(_PolarOptimizer):
             buffers,
             has_sparse_grad=any(grad.is_sparse for grad in grads),
             foreach=group["foreach"],
-            fused=group["fused"],
+            fused=self._fused(group) or group["fused"],
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],

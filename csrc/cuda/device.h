@@ -53,6 +53,11 @@ WN_DEVICE int bid() { return blockIdx.x; }
 template <class T> WN_DEVICE T shfl_xor(unsigned lanes, T x, int distance) {
   return __shfl_xor_sync(lanes, x, distance);
 }
+// The same number, as one that the compiler knows nothing of.
+WN_DEVICE int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 WN_DEVICE void block_sync() { __syncthreads(); }
 WN_DEVICE bool block_any(bool condition) { return __syncthreads_or(condition); }
 

@@ -90,7 +90,7 @@ struct Or {
 struct Place {
   int64_t offset;
   unsigned lanes;
-  int stride = 1;  // between its elements, when they move one by one
+  int64_t stride = 1;  // between its elements, when they move one by one
 };
 template <int pack> constexpr unsigned all_lanes = (1u << pack) - 1;
 
@@ -313,8 +313,8 @@ template <class S> struct Memory {
 
 // ---- teams ---------------------------------------------------------------------------------------------------------
 
-// The threads that share a row: `width` threads of a block, a power of two up to a warp or the whole block, and the
-// same of the other blocks of the cluster.
+// The threads that share a row: `width` threads of a block, a power of two, and the same of the other blocks of the
+// cluster. Teams wider than a warp wait for the whole block, so that all of its teams have to reduce together.
 struct Team {
   int width, rank;
   int blocks, block;
@@ -336,14 +336,14 @@ struct Team {
     if (width <= warp) return;
     A* partial = shared<A>();
     A* total = partial + n * most_warps;
-    const int lane = tid() % warp, warps = width / warp;
+    const int lane = tid() % warp, warps = width / warp, first = (tid() - rank) / warp;
     block_sync();  // the results of the last reduction have been read
 #pragma unroll
     for (int i = 0; i < n; ++i)
       if (lane == 0) partial[i * most_warps + tid() / warp] = x[i];
     block_sync();
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = lane < warps ? partial[i * most_warps + lane] : A(0);
+    for (int i = 0; i < n; ++i) x[i] = lane < warps ? partial[i * most_warps + first + lane] : A(0);
     butterfly(x, warp, operation);
     if (blocks == 1) return;
 #pragma unroll

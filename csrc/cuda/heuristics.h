@@ -95,18 +95,25 @@ inline void set_stride(Plan& plan) {
   plan.step_packs = one_segment ? step : step % plan.segment_packs;
 }
 
-inline Plan plan_rows(const Facts& facts, const Device& device) {
-  const Tuning& tuning = tuning_for(device);
+// How rows lie on the grid of packs.
+inline Plan on_packs(const Facts& facts) {
   const Layout& layout = facts.layout;
   Plan plan{};
   plan.vectors = facts.aligned;
   plan.misalignment = facts.misalignment;
-  plan.store_at = facts.row_scratch();
   // A segment may begin anywhere on the grid of packs, unless all of them begin on it.
   const bool on_grid = !facts.aligned || (facts.misalignment == 0 && layout.inner % facts.pack == 0);
   plan.segment_packs = ceil_div(layout.inner + (on_grid ? 0 : facts.pack - 1), facts.pack);
   plan.segments = layout.outer;
   if (layout.row_length() == 0) plan.segments = 1, plan.segment_packs = 0;
+  return plan;
+}
+
+inline Plan plan_rows(const Facts& facts, const Device& device) {
+  const Tuning& tuning = tuning_for(device);
+  const Layout& layout = facts.layout;
+  Plan plan = on_packs(facts);
+  plan.store_at = facts.row_scratch();
 
   const int64_t packs = plan.segments * plan.segment_packs, rows = layout.rows;
   const int64_t pack_bytes = facts.pack * facts.input_bytes, row_bytes = packs * pack_bytes;

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -37,7 +38,88 @@ template <class F, class G> F with(F formula, wn::RowResults G::*member, const w
   return formula;
 }
 
+wn::RowValues values(const StepValue& v) { return {v.data, static_cast<wn::DType>(v.type), v.value, v.stride}; }
+
+template <class F, class Fill> void run_steps(const StepCall& call, Fill&& fill) {
+  std::vector<wn::Problem<F>> problems;
+  const auto weight_type = static_cast<wn::DType>(call.weight_type), gradient_type = static_cast<wn::DType>(call.gradient_type);
+  const bool f64 = weight_type == wn::DType::f64;
+  for (int i = 0; i < call.count; ++i) {
+    const StepWeight& weight = call.weights[i];
+    wn::Problem<F> p{};
+    p.layout = {weight.outer, weight.rows, weight.inner};
+    wn::PolarRow& rows = p.formula.rows;
+    rows.kind = static_cast<wn::Kind>(call.kind);
+    rows.retraction = static_cast<wn::Retraction>(call.retraction);
+    rows.gradient_sign = call.maximize ? -1 : 1;
+    rows.grad_scale = values(call.grad_scale);
+    rows.lr = values(call.lr);
+    rows.radius_lr = values(call.radius_lr);
+    rows.weight_decay = values(call.weight_decay);
+    rows.radius_weight_decay = values(call.radius_weight_decay);
+    rows.edit_tolerance = f64 ? 1e-12 : 1e-5;
+    rows.edit_floor = f64 ? 0x1p-1022 : 0x1p-126;
+    rows.one_column = p.layout.row_length() == 1;
+    rows.radius = weight.radius;
+    rows.norm = weight.norm;
+    rows.telemetry = weight.telemetry;
+    fill(p.formula, weight);
+    for (int k = 0; k < F::inputs; ++k) {
+      p.in[k] = weight.in[k];
+      p.in_type[k] = k == 1 ? gradient_type : weight_type;
+      const int output = k == 0 ? 0 : k - 1;  // the gradient is not written
+      p.out[output] = weight.in[k];
+      p.out_type[output] = weight_type;
+    }
+    p.out[0] = weight.in[0];
+    p.out[F::outputs - 1] = weight.copy;
+    p.out_type[F::outputs - 1] = gradient_type;
+    problems.push_back(p);
+  }
+  const int64_t bytes = call.workspace ? wn::cuda::workspace_bytes(problems) : 0;
+  const std::unique_ptr<char[]> workspace(bytes > 0 ? new char[bytes] : nullptr);
+  wn::cuda::run(problems, nullptr, workspace.get(), call.skip);
+}
+
+template <bool momentum> void run_sgd(const StepCall& call) {
+  run_steps<wn::PolarSgd<momentum, true>>(call, [&](auto& formula, const StepWeight& weight) {
+    formula.nesterov = call.nesterov;
+    formula.momentum = values(call.momentum);
+    formula.gradient_weight = values(call.gradient_weight);
+    formula.radius_momentum = weight.row_state[0];
+  });
+}
+template <bool amsgrad> void run_adam(const StepCall& call) {
+  run_steps<wn::PolarAdam<amsgrad, true>>(call, [&](auto& formula, const StepWeight& weight) {
+    formula.decoupled = call.decoupled;
+    formula.beta1 = values(call.beta1);
+    formula.beta2 = values(call.beta2);
+    formula.eps = values(call.eps);
+    formula.step = values(call.step);
+    formula.radius_average = weight.row_state[0];
+    formula.radius_square = weight.row_state[1];
+    formula.radius_largest = weight.row_state[2];
+  });
+}
+
 }  // namespace
+
+extern "C" const char* simt_steps(const StepCall* call) {
+  static std::string error;
+  error.clear();
+  try {
+    switch (call->formula) {
+      case sgd: run_sgd<false>(*call); break;
+      case sgd_momentum: run_sgd<true>(*call); break;
+      case adam: run_adam<false>(*call); break;
+      case adam_amsgrad: run_adam<true>(*call); break;
+      default: error = "simt: unknown step";
+    }
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  return error.c_str();
+}
 
 extern "C" const char* simt_call(const Call* call) {
   static std::string error;

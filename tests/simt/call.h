@@ -11,7 +11,29 @@ struct Call {
 };
 enum FormulaName { row_norm, row_scale, forward, backward, radius_backward };
 
+// A list of polar steps in one call. Row values are a number or, where data is given, an array of the type.
+struct StepValue {
+  void* data;
+  double value;
+  int32_t type, stride;
+};
+struct StepWeight {
+  int64_t outer, rows, inner;
+  void *in[5], *copy;  // w, G, then the state
+  double *radius, *norm, *telemetry, *row_state[3];
+};
+struct StepCall {
+  int32_t formula, kind, retraction, weight_type, gradient_type, count, workspace;
+  int32_t maximize, nesterov, decoupled;
+  StepValue grad_scale, lr, radius_lr, weight_decay, radius_weight_decay;
+  StepValue momentum, gradient_weight, beta1, beta2, eps, step;
+  const float* skip;
+  const StepWeight* weights;
+};
+enum StepName { sgd, sgd_momentum, adam, adam_amsgrad };
+
 // Returns what went wrong, or an empty string.
 extern "C" const char* simt_call(const Call* call);
+extern "C" const char* simt_steps(const StepCall* call);
 extern "C" void simt_device(int multiprocessors, int capability, int64_t shared_bytes, int64_t blocks);
 extern "C" const char* simt_log();

@@ -13,6 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 FORMULAS = ["row_norm", "row_scale", "forward", "backward", "radius_backward"]
 KINDS = ["swn", "ewn"]
+STEPS = ["sgd", "sgd_momentum", "adam", "adam_amsgrad"]
+STEP_KINDS = ["swn", "ewn", "unit"]
+RETRACTIONS = ["project", "renormalize", "geodesic"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SOURCES = ["simt.cpp", "call.cpp", "faults.cpp"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -61,10 +64,30 @@ class Call(ctypes.Structure):
                 + [("workspace", ctypes.c_int32)])
 
 
+class StepValue(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("value", ctypes.c_double), ("type", ctypes.c_int32), ("stride", ctypes.c_int32)]
+
+
+class StepWeight(ctypes.Structure):
+    _fields_ = ([(name, ctypes.c_int64) for name in ["outer", "rows", "inner"]]
+                + [("inputs", ctypes.c_void_p * 5)]
+                + [(name, ctypes.c_void_p) for name in ["copy", "radius", "norm", "telemetry"]]
+                + [("row_state", ctypes.c_void_p * 3)])
+
+
+class StepCall(ctypes.Structure):
+    _fields_ = ([(name, ctypes.c_int32) for name in ["formula", "kind", "retraction", "weight_type", "gradient_type",
+                                                     "count", "workspace", "maximize", "nesterov", "decoupled"]]
+                + [(name, StepValue) for name in ["grad_scale", "lr", "radius_lr", "weight_decay", "radius_weight_decay",
+                                                  "momentum", "gradient_weight", "beta1", "beta2", "eps", "step"]]
+                + [("skip", ctypes.c_void_p), ("weights", ctypes.POINTER(StepWeight))])
+
+
 class Emulator:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.simt_call.restype = ctypes.c_char_p
+        self.library.simt_steps.restype = ctypes.c_char_p
         self.library.simt_log.restype = ctypes.c_char_p
         self.library.simt_fault.restype = ctypes.c_char_p
 
@@ -80,8 +103,39 @@ class Emulator:
         for name, tensor in tensors.items():
             setattr(call, name, tensor.data_ptr())
             setattr(call, f"{name}_type", DTYPES.index(tensor.dtype))
+        return self._run(self.library.simt_call, call)
+
+    def steps(self, formula, weights, gradient_type, kind="swn", retraction="project", skip=None, workspace=True,
+              maximize=False, nesterov=False, decoupled=True, **values):
+        """Runs polar steps on weights, dicts of layout, inputs, row_state (lists), radius, norm, telemetry, copy.
+
+        Values are numbers, or tensors that the kernels read: of one element, or one for each row.
+        """
+        call = StepCall(STEPS.index(formula), STEP_KINDS.index(kind), RETRACTIONS.index(retraction),
+                        DTYPES.index(weights[0]["inputs"][0].dtype), DTYPES.index(gradient_type), len(weights), workspace,
+                        maximize, nesterov, decoupled)
+        for name, value in {"grad_scale": 1.0, **values}.items():
+            if isinstance(value, torch.Tensor):
+                value = StepValue(value.data_ptr(), 0.0, DTYPES.index(value.dtype), int(value.numel() > 1))
+            else:
+                value = StepValue(None, value, 0, 0)
+            setattr(call, name, value)
+        call.skip = skip.data_ptr() if skip is not None else None
+        table = (StepWeight * len(weights))()
+        for entry, weight in zip(table, weights):
+            entry.outer, entry.rows, entry.inner = weight["layout"]
+            for target, name in [(entry.inputs, "inputs"), (entry.row_state, "row_state")]:
+                for i, tensor in enumerate(weight.get(name, [])):
+                    target[i] = tensor.data_ptr()
+            for name in ["copy", "radius", "norm", "telemetry"]:
+                if weight.get(name) is not None:
+                    setattr(entry, name, weight[name].data_ptr())
+        call.weights = table
+        return self._run(self.library.simt_steps, call)
+
+    def _run(self, function, call):
         self.library.simt_log()
-        if error := self.library.simt_call(ctypes.byref(call)).decode():
+        if error := function(ctypes.byref(call)).decode():
             raise RuntimeError(error)
         launches = []
         for line in self.library.simt_log().decode().splitlines():

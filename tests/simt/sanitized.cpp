@@ -5,6 +5,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "call.h"
 #include "numeric.h"
@@ -48,6 +49,45 @@ constexpr Case cases[] = {
     {plain, 1, 5, 0},            {plain, 0, 4, 1},            {plain, 1, 1, 1},
 };
 
+// Two weights, a step each, with all of their tensors of exactly their size. Empty, or what went wrong.
+std::string take_step(int formula, DType weight_type, DType gradient_type, const Case& shape, bool beyond) {
+  const int states[] = {0, 1, 2, 3};
+  const bool half = gradient_type != weight_type;
+  std::vector<Tensor> kept;
+  const auto make = [&](int64_t length, DType type) {
+    kept.emplace_back(length, type);
+    return static_cast<void*>(kept.back().memory.get());
+  };
+  const auto numbers = [&](int64_t length) { return static_cast<double*>(make(length, DType::f64)); };
+  StepWeight weights[2];
+  for (StepWeight& w : weights) {
+    const int64_t length = shape.outer * shape.rows * shape.inner;
+    w = {shape.outer, shape.rows, shape.inner, {}, half ? make(length, gradient_type) : nullptr, numbers(shape.rows),
+         numbers(shape.rows), numbers(5 * shape.rows), {}};
+    w.in[0] = make(length - (beyond && length > 0), weight_type);
+    w.in[1] = make(length, gradient_type);
+    for (int k = 0; k < states[formula]; ++k) {
+      w.in[2 + k] = make(length, weight_type);
+      w.row_state[k] = numbers(shape.rows);
+    }
+  }
+  StepCall call{};
+  call.formula = formula;
+  call.weight_type = static_cast<int>(weight_type), call.gradient_type = static_cast<int>(gradient_type);
+  call.count = 2, call.workspace = 1;
+  call.grad_scale.value = 1, call.lr.value = call.radius_lr.value = 0.01, call.eps.value = 0.1;
+  call.momentum.value = call.beta1.value = call.beta2.value = 0.5, call.gradient_weight.value = call.step.value = 1;
+  call.weights = weights;
+  simt_device(shape.device.multiprocessors, shape.device.capability, shape.device.shared_bytes, 2147483647);
+  return simt_steps(&call);
+}
+
+void note_paths(std::set<std::string>& paths) {
+  const std::string log = simt_log();
+  for (std::size_t begin = 0; begin < log.size(); begin = log.find('\n', begin) + 1)
+    paths.insert(log.substr(begin, log.find(';', begin) - begin));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -82,10 +122,19 @@ int main(int count, char** arguments) {
             std::fprintf(stderr, "%s\n", error.c_str());
             return 1;
           }
-          const std::string log = simt_log();
-          for (std::size_t begin = 0; begin < log.size(); begin = log.find('\n', begin) + 1)
-            paths.insert(log.substr(begin, log.find(';', begin) - begin));
+          note_paths(paths);
         }
+    }
+  const DType types[][2] = {{DType::f32, DType::f32}, {DType::f32, DType::bf16}, {DType::f64, DType::f64}};
+  for (const Case& shape : cases)
+    for (int formula = sgd; formula <= adam_amsgrad; ++formula) {
+      const auto& [weight_type, gradient_type] = types[number++ % 3];
+      const std::string error = take_step(formula, weight_type, gradient_type, shape, beyond);
+      if (!error.empty()) {
+        std::fprintf(stderr, "%s\n", error.c_str());
+        return 1;
+      }
+      note_paths(paths);
     }
   for (const std::string& path : paths) std::printf("%s\n", path.c_str());
 }

@@ -270,7 +270,8 @@ void run(const char* what, const Shape& shape, const std::function<void()>& kern
     run_cluster(shape, block, random);
   if (!state.error.empty()) throw std::runtime_error(prefix + state.error);
   state.log += std::string(what) + "; blocks " + std::to_string(shape.blocks) + "; threads " +
-               std::to_string(shape.threads) + "; cluster " + std::to_string(shape.cluster) + "; vectors " +
+               std::to_string(shape.threads) + "; cluster " + std::to_string(shape.cluster) + "; shared " +
+               std::to_string(shape.shared_bytes) + "; vectors " +
                std::to_string(state.vector_accesses - vector_accesses) + "\n";
 }
 

@@ -45,6 +45,7 @@ template <class T> T shfl_xor(unsigned lanes, T x, int distance) {
   simt::exchange(lanes, distance, &x, sizeof(T));
   return x;
 }
+inline int64_t opaque(int64_t x) { return x; }
 inline void block_sync() { simt::barrier(false); }
 inline bool block_any(bool condition) { return simt::barrier_any(condition); }
 inline void cluster_sync() { simt::barrier(true); }
