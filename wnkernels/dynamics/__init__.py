@@ -1,0 +1,8 @@
+"""Dynamics of weight-normalized training: flows, descents, losses in the log domain, diagnostics, pruning."""
+
+from . import descent, flow, losses
+from .descent import multi_stage, normalized_descent, objective, polar_weights
+from .flow import polar_flow, weight_flow
+
+__all__ = ["descent", "flow", "losses", "multi_stage", "normalized_descent", "objective", "polar_flow", "polar_weights",
+           "weight_flow"]
