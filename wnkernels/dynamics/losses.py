@@ -1,13 +1,11 @@
 """Losses in the log domain: log L, and gradients that are divided by L already.
 
-Where a loss is below 1e-300 neither it nor its gradient is a number of float64, but log L and the gradient over L are.
-All functions are right at log L = -1e4 and beyond, in the dtype of their input; use float64.
-
-    log_loss, coefficient = exponential(margins)        # coefficient_i = -(dL/dm_i)/L: weights of the examples
+    log_loss, gradient = exponential(margins)           # gradient_i = (dL/dm_i)/L
     log_loss, gradient = cross_entropy(logits, target)  # gradient = (dL/dlogits)/L
 
-A model's gradient over L is then ``outputs.backward(gradient)``; `model_gradient` does that. To sum over batches,
-`combine` joins the log-losses, and gradients are weighted by exp(log_loss_batch - log_loss).
+Where a loss is below 1e-300 neither it nor its gradient is a number of float64, but log L and the gradient over L are.
+All functions are right at log L = -1e4 and beyond, in the dtype of their input; use float64. A model's gradient over L
+is then that of ``outputs.backward(gradient)``: `model_gradient` and `streamed_gradient` do that.
 """
 
 import math
@@ -16,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "cross_entropy", "exponential", "logistic", "model_gradient", "streamed_gradient"]
+__all__ = ["cross_entropy", "exponential", "logistic", "model_gradient", "streamed_gradient"]
 
 
 def exponential(margins: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,19 +23,19 @@ def exponential(margins: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         margins: (..., n) floating point, y_i f(x_i).
 
-    Returns: log L, (...), and -(dL/dm_i)/L, (..., n), which are positive and sum to 1.
+    Returns: log L, (...), and (dL/dm)/L, (..., n), which sum to -1.
 
     Raises: ValueError for no margins.
     """
     _check(margins, "margins")
-    return torch.logsumexp(-margins, -1), torch.softmax(-margins, -1)
+    return torch.logsumexp(-margins, -1), -torch.softmax(-margins, -1)
 
 
 def logistic(margins: Tensor) -> tuple[Tensor, Tensor]:
     """L = sum_i log(1 + exp(-m_i)) over the last dim; arguments and results as of `exponential`."""
     _check(margins, "margins")
     log_loss = torch.logsumexp(_log_softplus(-margins), -1)
-    return log_loss, torch.exp(-_softplus(margins) - log_loss[..., None])
+    return log_loss, -torch.exp(-_softplus(margins) - log_loss[..., None])
 
 
 def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
@@ -91,17 +89,12 @@ def _log_softplus(z: Tensor) -> Tensor:
     return torch.where(z < -40.0, z, torch.log(torch.log1p(torch.exp(-z.abs())) + z.clamp(min=0.0)))
 
 
-def combine(log_losses: Iterable[Tensor]) -> Tensor:
-    """The log of the sum of losses."""
-    return torch.logsumexp(torch.stack(list(log_losses)), 0)
-
-
 def model_gradient(model: Callable[[Tensor], Tensor], x: Tensor, loss: Callable, *args) -> Tensor:
     """Sets the parameters' ``grad`` to the gradient of L over L, added to what is there, and returns log L.
 
     Args:
         model: x -> outputs, with a graph.
-        loss: a function of this module, or ``lambda f: ...``, outputs (and args) -> (log L, (dL/doutputs)/L).
+        loss: (outputs, *args) -> (log L, (dL/doutputs)/L), as the functions of this module.
     """
     outputs = model(x)
     log_loss, gradient = loss(outputs.detach(), *args)
