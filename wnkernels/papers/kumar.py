@@ -1,0 +1,336 @@
+"""Two-homogeneous networks from a small start (Kumar and Haupt, arXiv:2402.09226): escape, alignment, saddles.
+
+Networks H(x; W) = sum_j max(0, <w_j, x>)^2 of 20 neurons learn 5 max(0, x_1)^2 + 4 max(0, -x_1)^2 from 50 inputs on the
+circle, by gradient descent on |H(X) - y|^2/2 from W(0) = delta W_0. `theory.two_homogeneous` says what to expect.
+
+Plain gradient flow is followed in the paper's own coordinates, log|W| and W/|W|, which are those of EWN with one radius
+for each network: with the rate eta/|W|^2 for both, d log|W| = -eta <G, W>/|W|^2 and dW/|W| = -eta G_t/|W|. So the growth
+near the origin is exact for any step, and delta may be as small as one likes. All seeds and all delta are the rows of
+one weight.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..models.two_layer import TwoLayer
+from ..optim import PolarSGD
+from ..theory import two_homogeneous as theory
+from .claims import Claim, Options
+
+TITLE = "Kumar and Haupt: two-homogeneous networks near the origin and near saddles"
+
+SEEDS = (0, 1, 2)
+INPUTS, NEURONS = 50, 20
+LR = 5e-5
+STEPS = 50_000
+ESCAPE = tuple(10.0**-k for k in range(4, 11))  # delta of P2-1, P2-4 and P2-5
+ALIGN = tuple(10.0**-k for k in range(1, 9))  # of P2-2
+RADIUS = 0.1  # where the escape ends: the loss is still that of the origin, or of the saddle
+
+
+@dataclass(frozen=True)
+class Task:
+    """X (n, 2), y (n,), and standard normal weights (m, 2)."""
+
+    X: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray
+
+    def start(self, delta: float) -> np.ndarray:
+        """The weights, of norm delta."""
+        return self.weight * (delta / np.linalg.norm(self.weight))
+
+
+def task(seed: int) -> Task:
+    rng = np.random.default_rng(seed)
+    angle = rng.uniform(0, 2 * math.pi, INPUTS)
+    X = np.stack([np.cos(angle), np.sin(angle)], 1)
+    y = 5 * np.maximum(X[:, 0], 0) ** 2 + 4 * np.maximum(-X[:, 0], 0) ** 2
+    return Task(X, y, rng.normal(size=(NEURONS, 2)))
+
+
+class Descent:
+    """E networks at once, each of them a sum of parts with norms of their own, in the field of the squared loss.
+
+    Args:
+        X: (E, n, d).  y: (E, n).  parts: the weights at the start, each (E, m, d).
+        backend: "wnkernels" for the polar coordinates of the module's docstring; "torch" for plain gradient descent.
+    """
+
+    def __init__(self, X: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray], lr: float, backend: str) -> None:
+        self.X, self.y, self.lr, self.polar = torch.tensor(X), torch.tensor(y), lr, backend == "wnkernels"
+        self.parts = []
+        for weight in parts:
+            E, m, d = weight.shape
+            part = TwoLayer(d, m, instances=E, dtype=torch.float64)
+            with torch.no_grad():
+                part.weight.copy_(torch.tensor(weight))
+            self.parts.append(part)
+        weights = [part.weight for part in self.parts]
+        if self.polar:
+            groups = [{"params": [w], "lr": torch.full((len(w),), lr, dtype=torch.float64)} for w in weights]
+            self.optimizer = PolarSGD(groups, kind="ewn", dim=0, direction_norm=1.0, retraction="geodesic")
+        else:
+            self.optimizer = torch.optim.SGD(weights, lr=lr)
+
+    def step(self) -> Tensor:
+        """Takes a step and returns the losses (E,) before it."""
+        self.optimizer.zero_grad()
+        loss = (sum(part(self.X) for part in self.parts) - self.y).square().sum(-1) / 2
+        loss.sum().backward()
+        if self.polar:
+            for group in self.optimizer.param_groups:
+                log_norm = self.optimizer.state[group["params"][0]]["radius"]
+                group["lr"].copy_(self.lr * torch.exp(-2 * log_norm))
+        self.optimizer.step()
+        return loss.detach()
+
+    def weight(self, part: int = -1) -> np.ndarray:
+        return self.parts[part].weight.detach().numpy().copy()
+
+    def norms(self) -> np.ndarray:
+        """|W| of the last part of each network."""
+        return functional.row_norm(self.parts[-1].weight.detach()).numpy()
+
+
+@dataclass(frozen=True)
+class Grown:
+    """For each network: when the norm of its last part passed the threshold, that part then, and how far the first
+    part had moved."""
+
+    time: np.ndarray
+    weight: np.ndarray
+    moved: np.ndarray
+
+
+def grow(X, y, parts, threshold: Sequence[float], *, backend: str, lr: float = LR, max_steps: int = 20_000) -> Grown:
+    """Follows each network until the norm of its last part passes its threshold.
+
+    Raises: RuntimeError if one does not get there.
+    """
+    descent = Descent(X, y, parts, lr, backend)
+    before, threshold = descent.norms(), np.asarray(threshold, float)
+    time = np.where(before >= threshold, 0.0, np.nan)
+    weight, moved, first = descent.weight(), np.zeros(len(time)), descent.weight(0)
+    for step in range(max_steps):
+        if not np.isnan(time).any():
+            return Grown(time, weight, moved)
+        descent.step()
+        after = descent.norms()
+        for i in np.flatnonzero(np.isnan(time) & (after >= threshold)):
+            part = math.log(threshold[i] / before[i]) / math.log(after[i] / before[i])
+            time[i] = lr * (step + part)
+            weight[i], moved[i] = descent.weight()[i], np.linalg.norm(descent.weight(0)[i] - first[i])
+        before = after
+    raise RuntimeError(f"{np.isnan(time).sum()} of {len(time)} networks have not reached their norm in {max_steps} steps")
+
+
+def _stack(tasks: Sequence[Task], copies: int) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.repeat(np.stack([getattr(t, name) for t in tasks]), copies, 0) for name in ("X", "y"))
+
+
+def escape(seeds: Sequence[int], deltas: Sequence[float], threshold, *, backend: str) -> Grown:
+    """From the origin: arrays (seeds, deltas, ...). threshold: delta -> the norm to reach."""
+    tasks = [task(seed) for seed in seeds]
+    start = np.stack([t.start(delta) for t in tasks for delta in deltas])
+    found = grow(*_stack(tasks, len(deltas)), [start], [threshold(d) for _ in seeds for d in deltas], backend=backend)
+    shape = len(seeds), len(deltas)
+    return Grown(found.time.reshape(shape), found.weight.reshape(*shape, *start.shape[1:]), found.moved.reshape(shape))
+
+
+def at_saddle(t: Task) -> tuple[np.ndarray, np.ndarray]:
+    """One neuron (1, 2) that fits what it can along the largest NCF, and the labels that it leaves."""
+    top = theory.ncf_maximum(t.X, t.y)
+    neuron = theory.fit_neurons(t.X, t.y, 2 * top.u[None])
+    return neuron, t.y - theory.outputs(neuron, t.X).sum(0)
+
+
+def escape_saddle(seeds: Sequence[int], deltas: Sequence[float], threshold, *, backend: str) -> Grown:
+    """As `escape`, for small neurons beside the one of `at_saddle`."""
+    tasks = [task(seed) for seed in seeds]
+    large = np.repeat(np.stack([at_saddle(t)[0] for t in tasks]), len(deltas), 0)
+    start = np.stack([t.start(delta) for t in tasks for delta in deltas])
+    thresholds = [threshold(d) for _ in seeds for d in deltas]
+    found = grow(*_stack(tasks, len(deltas)), [large, start], thresholds, backend=backend)
+    shape = len(seeds), len(deltas)
+    return Grown(found.time.reshape(shape), found.weight.reshape(*shape, *start.shape[1:]), found.moved.reshape(shape))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """loss: (steps + 1, E), in every step. step: (T,), and there norm (T, E), angle (T, E, m) in degrees and neuron (T,
+    E, m), the norms of the neurons. passed: (E, m, 2), the weights when |W| first was at RADIUS; passed_loss: (E,)."""
+
+    loss: np.ndarray
+    step: np.ndarray
+    norm: np.ndarray
+    angle: np.ndarray
+    neuron: np.ndarray
+    passed: np.ndarray
+    passed_loss: np.ndarray
+
+
+def full_run(seeds: Sequence[int], steps: int, *, backend: str, std: float = 1e-4, every: int = 20, bar=iter) -> Trajectory:
+    """The experiment of the paper: descent from weights of that standard deviation."""
+    tasks = [task(seed) for seed in seeds]
+    descent = Descent(*_stack(tasks, 1), [np.stack([std * t.weight for t in tasks])], LR, backend)
+    losses, snapshots, known = [], [], np.zeros(len(tasks), bool)
+    passed, passed_loss = descent.weight(), np.full(len(tasks), np.nan)
+    for step in bar(range(steps + 1)):
+        weight, norm = (descent.weight(), descent.norms()) if step % every == 0 or not known.all() else (None, None)
+        if step % every == 0:
+            snapshots.append(weight)
+        loss = descent.step().numpy()
+        losses.append(loss)
+        if not known.all():
+            new = ~known & (norm >= RADIUS)
+            passed[new], passed_loss[new], known = weight[new], loss[new], known | new
+    W = np.stack(snapshots)
+    return Trajectory(
+        np.stack(losses), np.arange(0, steps + 1, every), np.linalg.norm(W, axis=(2, 3)),
+        np.degrees(np.arctan2(W[..., 1], W[..., 0])), np.linalg.norm(W, axis=-1), passed, passed_loss,
+    )
+
+
+def drops(loss: np.ndarray) -> tuple[np.ndarray, float]:
+    """The steps at which the loss falls fastest, drops of their own (prominence a tenth of the fastest), and the loss at
+    the slowest point between the first two (NaN without two)."""
+    from scipy.signal import find_peaks
+
+    speed = -np.diff(loss)
+    peaks, _ = find_peaks(np.concatenate([[0.0], speed, [0.0]]), prominence=0.1 * speed.max())
+    peaks = peaks - 1
+    if len(peaks) < 2:
+        return peaks, math.nan
+    return peaks, float(loss[peaks[0] + np.argmin(speed[peaks[0] : peaks[1]])])
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def _list(values, form: str = ".3g") -> str:
+    return " ".join(f"{x:{form}}" for x in values)
+
+
+def _slopes(deltas: Sequence[float], time: np.ndarray, values: Sequence[float]) -> np.ndarray:
+    """d time/d log(1/delta) of each seed over its prediction 1/(2 N)."""
+    fitted = np.polyfit(np.log(1 / np.array(deltas)), time.T, 1)[0]
+    return fitted / np.array([theory.escape_time(math.e, 1.0, value) for value in values])
+
+
+def claims(options: Options):
+    tasks = [task(seed) for seed in SEEDS]
+    seeds = f"seeds {', '.join(map(str, SEEDS))}"
+
+    if options.wants("P2-1"):
+        values = [theory.ncf_maximum(t.X, t.y).value for t in tasks]
+        run = options.measure(escape, SEEDS, ESCAPE, lambda _: RADIUS)
+        options.results["escape"] = {"delta": ESCAPE, "time": run.value.time, "values": values}
+        slopes = _slopes(ESCAPE, run.value.time, values)
+        yield Claim(
+            "P2-1", f"escape time over log(1/delta), delta = 1e-4..1e-10, over 1/(2 N*), {seeds}", "1",
+            _list(slopes, ".4f"), "within 1%", bool((abs(slopes - 1) <= 0.01).all()), run.seconds, run.torch_seconds,
+        )
+
+    if options.wants("P2-2"):
+        run = options.measure(escape, SEEDS, ALIGN, lambda delta: 0.3 * math.sqrt(delta))
+        residuals = np.array([[theory.kkt_residual(w, t.X, t.y) for w in ws] for t, ws in zip(tasks, run.value.weight)])
+        shares = np.array([
+            theory.ncf(ws[-1] / np.linalg.norm(ws[-1]), t.X, t.y).sum() / theory.ncf_maximum(t.X, t.y).value
+            for t, ws in zip(tasks, run.value.weight)
+        ])
+        options.results["align"] = {"delta": ALIGN, "residual": residuals}
+        good = (np.diff(residuals) < 0).all() and (residuals[:, -1] <= 0.05).all() and (shares >= 0.99).all()
+        yield Claim(
+            "P2-2", f"KKT residual of the whole net at |W| = .3 sqrt(delta), delta = 1e-1..1e-8, {seeds}", "to 0",
+            f"{'; '.join(map(_list, residuals))}; N(u)/N* {_list(shares, '.4f')}",
+            "decreasing; at 1e-8 <= .05 and N(u)/N* >= .99", bool(good), run.seconds, run.torch_seconds,
+        )
+
+    if options.wants("P2-3", "P2-6"):
+        steps = 10_000 if options.small else STEPS
+        run = options.measure(full_run, SEEDS, steps, bar=lambda items: options.bar(items, "full run"))
+        path = options.results["full_run"] = run.value
+        if options.wants("P2-3"):
+            angles = np.degrees([
+                theory.angle_to_nearest(w, theory.kkt_directions_in_plane(t.X, t.y)) for t, w in zip(tasks, path.passed)
+            ])
+            yield Claim(
+                "P2-3", f"angle to the nearest KKT direction, weighted by |w|^2, at |W| = .1 from std 1e-4, {seeds}",
+                "0 deg", f"{_list(angles)} deg, loss {_list(path.passed_loss / path.loss[0], '.4f')} of the first",
+                "<= 3 deg", bool((angles <= 3).all()), run.seconds, run.torch_seconds,
+            )
+        if options.wants("P2-6"):
+            found = [drops(loss) for loss in path.loss.T]
+            levels = [(rest**2).sum() / 2 for _, rest in map(at_saddle, tasks)]
+            yield Claim(
+                "P2-6", f"full run of {steps} steps: final loss, and drops of the loss, {seeds}", "0; 2 drops",
+                f"{_list(path.loss[-1])}; {_list((len(at) for at, _ in found), 'd')} drops, between them the loss is "
+                f"{_list(loss for _, loss in found)} (at the saddles {_list(levels)})",
+                "<= 1e-5; 2 drops", bool((path.loss[-1] <= 1e-5).all() and all(len(at) == 2 for at, _ in found)),
+                run.seconds, run.torch_seconds,
+            )
+
+    if options.wants("P2-4", "P2-5"):
+        saddles = [at_saddle(t) for t in tasks]
+        values = [theory.ncf_maximum(t.X, rest).value for t, (_, rest) in zip(tasks, saddles)]
+        if options.wants("P2-4"):
+            run = options.measure(escape_saddle, SEEDS, ESCAPE, lambda _: RADIUS)
+            options.results["saddle"] = {"delta": ESCAPE, "time": run.value.time, "values": values}
+            slopes = _slopes(ESCAPE, run.value.time, values)
+            yield Claim(
+                "P2-4", f"from a saddle: escape time over log(1/delta), over 1/(2 N*) of the residual labels, {seeds}",
+                "1", _list(slopes, ".4f"), "within 1%", bool((abs(slopes - 1) <= 0.01).all()),
+                run.seconds, run.torch_seconds,
+            )
+        if options.wants("P2-5"):
+            run = options.measure(escape_saddle, SEEDS, (1e-8,), lambda delta: 0.3 * math.sqrt(delta))
+            residuals = np.array([
+                theory.kkt_residual(w[0], t.X, rest) for t, (_, rest), w in zip(tasks, saddles, run.value.weight)
+            ])
+            moved = run.value.moved.ravel()
+            yield Claim(
+                "P2-5", f"from a saddle, delta = 1e-8: KKT residual of the small neurons, and move of the large, {seeds}",
+                "0", f"{_list(residuals)}; |dw_n| {_list(moved, '.1e')}", "<= .02; <= 1e-10",
+                bool((residuals <= 0.02).all() and (moved <= 1e-10).all()), run.seconds, run.torch_seconds,
+            )
+
+
+def figures(results: dict, folder: Path) -> None:
+    """kumar-trajectory.png, the paper's figure 1, and kumar-escape.png, of the experiments that have run."""
+    from matplotlib.figure import Figure
+
+    if "full_run" in results:
+        path = results["full_run"]
+        figure = Figure(figsize=(11, 3.5), layout="constrained")
+        loss, angle = figure.subplots(1, 2)
+        shown = path.step <= 5000
+        loss.semilogy(path.step[shown], path.loss[path.step[shown], 0], label="loss")
+        loss.semilogy(path.step[shown], path.norm[shown, 0], label="|W|")
+        loss.set(title=f"seed {SEEDS[0]}", xlabel="step")
+        loss.legend()
+        angle.plot(path.step[shown], path.angle[shown, 0], linewidth=0.8)
+        angle.set(title="angle of each neuron", xlabel="step", ylabel="degrees")
+        figure.savefig(folder / "kumar-trajectory.png", dpi=110)
+    if "escape" in results or "align" in results or "saddle" in results:
+        figure = Figure(figsize=(11, 3.5), layout="constrained")
+        panels = figure.subplots(1, 3)
+        for panel, name, title in zip(panels, ("escape", "saddle"), ("from the origin", "from a saddle")):
+            for seed, time, value in zip(SEEDS, *(results.get(name, {}).get(key, ()) for key in ("time", "values"))):
+                x = np.log(1 / np.array(results[name]["delta"]))
+                (line,) = panel.plot(x, time, "o", label=f"seed {seed}")
+                panel.plot(x, time[-1] + (x - x[-1]) / (2 * value), color=line.get_color(), linewidth=1)
+            panel.set(title=f"{title}: time to |W| = {RADIUS}, and slope 1/(2 N*)", xlabel="log 1/delta")
+            panel.title.set_fontsize(9)
+        if "align" in results:
+            panels[2].loglog(results["align"]["delta"], results["align"]["residual"].T, "o-")
+        panels[2].set(title="KKT residual at |W| = .3 sqrt(delta)", xlabel="delta")
+        panels[2].title.set_fontsize(9)
+        figure.savefig(folder / "kumar-escape.png", dpi=110)
