@@ -51,29 +51,24 @@ class DiagonalNet(nn.Module):
         """A x: (R, M), for A of shape (M, N), or (R, M, N) with one matrix for each instance."""
         return _apply(A, self.signal())
 
-    @torch.no_grad()
-    def gradient(self, weight: Tensor, A: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of sum ||A x - y||^2/2 at `weight`, in closed form: L w^{L-1} * (+-A^T (A x - y)).
+    def matrix(self, A: Tensor) -> Tensor:
+        """The matrix that acts on w^L: A, or [A, -A] for two_sided; (M, N or 2N), or (R, M, N or 2N)."""
+        return torch.cat([A, -A], -1) if self.two_sided else A
+
+    def gradient(self, weight: Tensor, matrix: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of sum ||A x - y||^2/2 at `weight`, in closed form: L w^{L-1} * matrix^T (A x - y).
 
         Args:
-            weight: (R, N) or (R, 2N).
-            A: as in `forward`.
+            weight: (R, N) or (R, 2N), without a graph.
+            matrix: of A, see `matrix`.
             y: (M,) or (R, M).
 
         Returns: the gradient, of weight's shape, and the residual A x - y, (R, M).
         """
-        before = weight ** (self.depth - 1)
-        power = before * weight
-        half = power.shape[-1] // 2
-        residual = _apply(A, power[:, :half] - power[:, half:] if self.two_sided else power).sub_(y)
-        slope = residual @ A if A.ndim == 2 else torch.bmm(residual[:, None], A)[:, 0]
-        before *= self.depth
-        if self.two_sided:
-            before[:, :half] *= slope
-            before[:, half:] *= slope.neg_()
-        else:
-            before *= slope
-        return before, residual
+        before = weight if self.depth == 2 else weight ** (self.depth - 1)
+        residual = _apply(matrix, before * weight) - y
+        slope = residual @ matrix if matrix.ndim == 2 else torch.bmm(residual[:, None], matrix)[:, 0]
+        return slope.mul_(before).mul_(self.depth), residual
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, two_sided={self.two_sided}"
