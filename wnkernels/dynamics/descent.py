@@ -23,6 +23,7 @@ from .. import nn as layers
 __all__ = ["Descent", "PolarWeights", "TorchWeights", "multi_stage", "normalized_descent", "objective", "polar_weights"]
 
 KINDS = (None, "swn", "ewn")
+GAIN = 1e-3  # what log L must fall by in `patience` steps
 RETRACTIONS = {"wnkernels": ("project", "renormalize", "geodesic"), "torch": ("project", "renormalize")}
 
 
@@ -59,10 +60,10 @@ class PolarWeights:
         for kind, indices in self._calls.items():
             if kind is None:
                 for i in indices:
-                    self.weights[i].sub_(grads[i] * _as_factor(_of_rows(lr, self.weights[i], self.instances), grads[i]))
+                    self.weights[i].sub_(grads[i] * _as_factor(_rates(lr, grads[i], self.instances), grads[i]))
             elif isinstance(lr, Tensor) and lr.numel() > 1:  # the kernel takes rates of rows beside one weight
                 for i in indices:
-                    self._polar(kind, [i], grads, _of_rows(lr, self.weights[i], self.instances))
+                    self._polar(kind, [i], grads, _rates(lr, grads[i], self.instances))
             else:
                 self._polar(kind, indices, grads, lr)
 
@@ -95,7 +96,7 @@ class PolarWeights:
             if instances is None:
                 x.copy_(saved)
             else:
-                torch.where(_as_factor(_of_rows(instances, x, self.instances), x), saved, x, out=x)
+                _choose(instances, saved, x, out=x)
 
 
 class TorchWeights(PolarWeights):
@@ -131,7 +132,7 @@ class TorchWeights(PolarWeights):
 
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
         for leaves, graph, grad, dim, norm in zip(self._leaves, self._graphs, grads, self.dims, self.norm):
-            rate = _of_rows(lr, grad, self.instances)
+            rate = _rates(lr, grad, self.instances)
             polar = len(leaves) == 2
             slopes = torch.autograd.grad(graph, leaves, grad) if polar else [grad]
             rates = (rate * self.radius_lr_ratio, rate) if polar else (rate,)
@@ -150,17 +151,24 @@ class TorchWeights(PolarWeights):
         self._compute()
 
 
-def _of_rows(values: float | Tensor, x: Tensor, instances: int) -> float | Tensor:
-    """A value of each instance as one of each row of x."""
-    if not isinstance(values, Tensor) or values.numel() == 1:
-        return values
-    return values.repeat_interleave(x.shape[0] // instances)
+def _rates(lr: float | Tensor, x: Tensor, instances: int) -> float | Tensor:
+    """A rate of each instance as one of each row of x."""
+    if not isinstance(lr, Tensor) or lr.numel() == 1:
+        return lr
+    return lr[:, None].expand(instances, x.shape[0] // instances).reshape(-1)
 
 
-def _as_factor(values: float | Tensor, x: Tensor) -> float | Tensor:
-    """Values of the rows of x, to be multiplied with it."""
-    many = isinstance(values, Tensor) and values.numel() > 1
-    return values.view(-1, *[1] * (x.ndim - 1)) if many else values
+def _as_factor(rates: float | Tensor, x: Tensor) -> float | Tensor:
+    """Rates of the rows of x, to be multiplied with it."""
+    many = isinstance(rates, Tensor) and rates.numel() > 1
+    return rates.view(-1, *[1] * (x.ndim - 1)) if many else rates
+
+
+def _choose(condition: Tensor, x: Tensor, y: Tensor, **out) -> Tensor:
+    """torch.where for the rows of instances: x where the (E,) condition is true, else y."""
+    E = len(condition)
+    out = {name: tensor.view(E, -1) for name, tensor in out.items()}
+    return torch.where(condition[:, None], x.reshape(E, -1), y.reshape(E, -1), **out).view(y.shape)
 
 
 def _length(v: Tensor, dim: int | None) -> Tensor:
@@ -276,7 +284,7 @@ def normalized_descent(
     frac: float,
     stop: float,
     max_steps: int = 1_000_000,
-    lr_min: float = 0.0,
+    patience: int = 0,
     factor: float = 1.1,
     levels: Sequence[float] = (),
     callback: Callable | None = None,
@@ -293,10 +301,11 @@ def normalized_descent(
         frac: 0 for the rate lr/L.
         stop: the log L at which to end.
         max_steps: the most steps to try.
-        lr_min: the descent, or an instance of it, gives up when its lr falls below.
+        patience: give up, as a whole or an instance, where log L has fallen by less than 0.001 in this many steps; 0
+            for never.
         levels: values of log L at which the weights are kept; one instance only.
-        callback: (step, log L, point, gradients over L), called at the start, and after each step that was accepted,
-            with several instances by any.
+        callback: (step, log L, point, gradients over L), called at the start, and after each step that was accepted;
+            with several instances after each step.
 
     Returns: a `Descent`.
 
@@ -318,13 +327,18 @@ def normalized_descent(
     callback(0, log_loss, point, grads)
     power = 1 / frac if frac else 0.0
     descend = _descend_many if log_loss.ndim else _descend_one
-    return descend(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, lr_min, factor, levels, callback)
+    return descend(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback)
 
 
-def _descend_one(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, lr_min, factor, levels, callback):
+def _descend_one(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback):
     snapshots, pending = {}, sorted(levels, reverse=True)
     value, step = log_loss.item(), 0
-    while value > stop and step < max_steps and lr >= lr_min:
+    before = math.inf
+    while value > stop and step < max_steps:
+        if patience and step % patience == 0:
+            if not value < before - GAIN:
+                break
+            before = value
         step += 1
         point.snapshot()
         point.step(grads, lr * math.exp(value * power))
@@ -342,27 +356,27 @@ def _descend_one(objective, point, log_loss, grads, lr, lr_cap, power, stop, max
     return Descent(weights, log_loss, log_loss <= stop, torch.tensor(step), torch.tensor(lr), snapshots)
 
 
-def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, lr_min, factor, _, callback):
-    lr, steps = torch.full_like(log_loss, lr), torch.zeros_like(log_loss, dtype=torch.int64)
-    for step in range(1, max_steps + 1):
-        active = (log_loss > stop) & (lr >= lr_min)
+def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, _, callback):
+    lr, steps = torch.full_like(log_loss, lr), torch.zeros_like(log_loss)
+    active, before = log_loss > stop, torch.full_like(log_loss, math.inf)
+    for step in range(max_steps):
+        if patience and step % patience == 0:
+            active &= log_loss < before - GAIN
+            before = log_loss
         if not active.any():
             break
         steps += active
         point.snapshot()
-        point.step(grads, torch.where(active, lr * torch.exp(log_loss * power), 0.0))
+        point.step(grads, lr * torch.exp(log_loss * power))
         new_log_loss, new_grads = objective(point.weights)
-        accepted = active & (new_log_loss < log_loss)
+        accepted = (new_log_loss < log_loss) & active
         point.rollback(~accepted)
         log_loss = torch.where(accepted, new_log_loss, log_loss)
-        grads = [
-            torch.where(_as_factor(_of_rows(accepted, g, point.instances), g), new, g)
-            for new, g in zip(new_grads, grads)
-        ]
-        lr = torch.where(active, torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), lr / factor), lr)
-        if accepted.any():
-            callback(step, log_loss, point, grads)
-    return Descent([w.clone() for w in point.weights], log_loss, log_loss <= stop, steps, lr)
+        grads = [_choose(accepted, new, old) for new, old in zip(new_grads, grads)]
+        lr = torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), lr / factor)
+        active &= log_loss > stop
+        callback(step + 1, log_loss, point, grads)
+    return Descent([w.clone() for w in point.weights], log_loss, log_loss <= stop, steps.long(), lr)
 
 
 class multi_stage:
