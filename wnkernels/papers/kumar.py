@@ -64,18 +64,19 @@ class Descent:
         backend: "wnkernels" for the polar coordinates of the module's docstring; "torch" for plain gradient descent.
     """
 
-    def __init__(self, X: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray], lr: float, backend: str) -> None:
-        self.X, self.y, self.lr, self.polar = torch.tensor(X), torch.tensor(y), lr, backend == "wnkernels"
-        self.parts = []
+    def __init__(self, X, y, parts: Sequence[np.ndarray], lr: float, backend: str, device: str = "cpu") -> None:
+        self.X, self.y = (torch.tensor(x, device=device) for x in (X, y))
+        self.lr, self.polar, self.parts = lr, backend == "wnkernels", []
         for weight in parts:
             E, m, d = weight.shape
-            part = TwoLayer(d, m, instances=E, dtype=torch.float64)
+            part = TwoLayer(d, m, instances=E, dtype=torch.float64, device=device)
             with torch.no_grad():
                 part.weight.copy_(torch.tensor(weight))
             self.parts.append(part)
         weights = [part.weight for part in self.parts]
         if self.polar:
-            groups = [{"params": [w], "lr": torch.full((len(w),), lr, dtype=torch.float64)} for w in weights]
+            groups = [{"params": [w], "lr": torch.full((len(w),), lr, dtype=torch.float64, device=device)}
+                      for w in weights]
             self.optimizer = PolarSGD(groups, kind="ewn", dim=0, direction_norm=1.0, retraction="geodesic")
         else:
             self.optimizer = torch.optim.SGD(weights, lr=lr)
@@ -93,11 +94,11 @@ class Descent:
         return loss.detach()
 
     def weight(self, part: int = -1) -> np.ndarray:
-        return self.parts[part].weight.detach().numpy().copy()
+        return self.parts[part].weight.detach().cpu().numpy().copy()
 
     def norms(self) -> np.ndarray:
         """|W| of the last part of each network."""
-        return functional.row_norm(self.parts[-1].weight.detach()).numpy()
+        return functional.row_norm(self.parts[-1].weight.detach()).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ class Grown:
     moved: np.ndarray
 
 
-def grow(X, y, parts, threshold: Sequence[float], *, backend: str, lr: float = LR, max_steps: int = 20_000) -> Grown:
+def grow(
+    X, y, parts, threshold: Sequence[float], *, backend: str, lr: float = LR, max_steps: int = 20_000, device: str = "cpu"
+) -> Grown:
     """Follows each network until the norm of its last part passes its threshold.
 
     Raises: RuntimeError if one does not get there.
     """
-    descent = Descent(X, y, parts, lr, backend)
+    descent = Descent(X, y, parts, lr, backend, device)
     before, threshold = descent.norms(), np.asarray(threshold, float)
     time = np.where(before >= threshold, 0.0, np.nan)
     weight, moved, first = descent.weight(), np.zeros(len(time)), descent.weight(0)
@@ -161,6 +164,26 @@ def escape_saddle(seeds: Sequence[int], deltas: Sequence[float], threshold, *, b
     found = grow(*_stack(tasks, len(deltas)), [large, start], thresholds, backend=backend)
     shape = len(seeds), len(deltas)
     return Grown(found.time.reshape(shape), found.weight.reshape(*shape, *start.shape[1:]), found.moved.reshape(shape))
+
+
+def wide(neurons: int, features: int, inputs: int, deltas: Sequence[float], *, backend: str, device: str, bar=iter):
+    """(slope of the escape time over log(1/delta), 1/(2 N*)) of a wide network for inputs on a sphere.
+
+    The labels are those of `task`, times the dimension: of order one.
+    """
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(inputs, features))
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    y = features * np.where(X[:, 0] > 0, 5, 4) * X[:, 0] ** 2
+    weight = rng.normal(size=(1, neurons, features))
+    weight /= np.linalg.norm(weight)
+    best = theory.ncf_maximum(X, y, starts=32).value
+    times = [
+        grow(X[None], y[None], [delta * weight], [RADIUS / math.sqrt(features)], backend=backend, lr=0.01 / best,
+             device=device).time.item()
+        for delta in bar(deltas)
+    ]
+    return float(np.polyfit(np.log(1 / np.array(deltas)), times, 1)[0]), theory.escape_time(math.e, 1.0, best)
 
 
 @dataclass(frozen=True)
@@ -239,6 +262,16 @@ def claims(options: Options):
             _list(slopes, ".4f"), "within 1%", bool((abs(slopes - 1) <= 0.01).all()), run.seconds, run.torch_seconds,
         )
 
+    if options.full and options.wants("P2-1"):
+        sizes = (100_000, 1000, 4000) if options.device.startswith("cuda") else (500, 20, 400)
+        run = options.measure(wide, *sizes, (1e-4, 1e-7, 1e-10), device=options.device,
+                              bar=lambda items: options.bar(items, "wide"))
+        slope, predicted = run.value
+        yield Claim(
+            "P2-1 wide", f"the same of {sizes[0]} neurons for {sizes[2]} inputs of {sizes[1]} dimensions", "1",
+            slope / predicted, "within 1%", abs(slope / predicted - 1) <= 0.01, run.seconds, run.torch_seconds,
+        )
+
     if options.wants("P2-2"):
         run = options.measure(escape, SEEDS, ALIGN, lambda delta: 0.3 * math.sqrt(delta))
         residuals = np.array([[theory.kkt_residual(w, t.X, t.y) for w in ws] for t, ws in zip(tasks, run.value.weight)])
@@ -249,8 +282,9 @@ def claims(options: Options):
         options.results["align"] = {"delta": ALIGN, "residual": residuals}
         good = (np.diff(residuals) < 0).all() and (residuals[:, -1] <= 0.05).all() and (shares >= 0.99).all()
         yield Claim(
-            "P2-2", f"KKT residual of the whole net at |W| = .3 sqrt(delta), delta = 1e-1..1e-8, {seeds}", "to 0",
-            f"{'; '.join(map(_list, residuals))}; N(u)/N* {_list(shares, '.4f')}",
+            "P2-2", f"KKT residual of the whole net at |W| = .3 sqrt(delta), delta = 1e-1..1e-8 (shown: 1e-1, 1e-2, 1e-4, 1e-6, 1e-8), {seeds}",
+            "to 0",
+            f"{'; '.join(_list(line[[0, 1, 3, 5, 7]]) for line in residuals)}; N(u)/N* {_list(shares, '.4f')}",
             "decreasing; at 1e-8 <= .05 and N(u)/N* >= .99", bool(good), run.seconds, run.torch_seconds,
         )
 
@@ -277,6 +311,14 @@ def claims(options: Options):
                 "<= 1e-5; 2 drops", bool((path.loss[-1] <= 1e-5).all() and all(len(at) == 2 for at, _ in found)),
                 run.seconds, run.torch_seconds,
             )
+
+    if options.full and options.wants("P2-6"):
+        run = options.measure(full_run, range(20), STEPS, bar=lambda items: options.bar(items, "20 seeds"))
+        final = run.value.loss[-1]
+        yield Claim(
+            "P2-6 20 seeds", f"how many of seeds 0 to 19 end below 1e-5 after {STEPS} steps, and the largest loss", "20",
+            f"{(final <= 1e-5).sum()}; {final.max():.1e}", "report only", None, run.seconds, run.torch_seconds,
+        )
 
     if options.wants("P2-4", "P2-5"):
         saddles = [at_saddle(t) for t in tasks]

@@ -239,7 +239,7 @@ def train(
     setting: Setting, normalization: str, steps: int, *, backend: str, decay_at: int | None = None, rescale: bool = False,
     dtype: torch.dtype = torch.float32, bar=iter,
 ) -> dict[str, Recorded]:
-    """Trains an MLP, and records every step of every normalized weight.
+    """Trains an MLP on digits, and records every step of every normalized weight.
 
     Args:
         normalization: "layer", "row" or "batch", see `mlp`.
@@ -248,19 +248,26 @@ def train(
     """
     torch.manual_seed(SEED)
     model, names = mlp(normalization, dtype)
+    data = ((inputs.to(dtype), targets) for inputs, targets in batches(steps, SEED + 1))
+    return _record(model, names, bar(data), setting, normalization, backend, decay_at, rescale)
+
+
+def _record(model, names, data, setting, normalization, backend, decay_at=None, rescale=False) -> dict[str, Recorded]:
     trained = (_Ours if backend == "wnkernels" else _Torch)(model, names, normalization, setting)
     stages = multi_stage(trained.optimizer, [] if decay_at is None else [decay_at], FACTOR, rescale=rescale)
     records = {name: ([], []) for name in names}
-    for inputs, targets in bar(batches(steps, SEED + 1)):
+    for inputs, targets in data:
         trained.optimizer.zero_grad()
-        F.cross_entropy(model(inputs.to(dtype)), targets).backward()
+        F.cross_entropy(model(inputs), targets).backward()
         trained.before()
         trained.optimizer.step()
         for name, values in trained.after().items():
             for column, value in zip(records[name], values):
                 column.append(value)
         stages.step()
-    return {name: Recorded(*(torch.stack(column).double().numpy() for column in both)) for name, both in records.items()}
+    return {
+        name: Recorded(*(torch.stack(column).double().cpu().numpy() for column in both)) for name, both in records.items()
+    }
 
 
 def growth_error(steps: int, *, backend: str) -> float:
@@ -290,6 +297,55 @@ def growth_error(steps: int, *, backend: str) -> float:
         trained.optimizer.step()
         worst = max(worst, *((squares(name) / expected[name] - 1).abs().max().item() for name in names))
     return worst
+
+
+# ------------------------------------------------------------------------------------------- ResNet-18, for a GPU
+
+
+class _Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after),
+        )
+        same = before == after and stride == 1
+        self.skip = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.path(x) + self.skip(x))
+
+
+def resnet18() -> tuple[nn.Module, list[str]]:
+    """ResNet-18 for images of 32 x 32 (He et al., arXiv:1512.03385), and the names of its convolutions' weights, all of
+    them under BatchNorm."""
+    layers, width = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()], 64
+    for after, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [_Block(width, after, stride), _Block(after, after, 1)]
+        width = after
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return model, [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+
+
+def images(steps: int, batch: int, device: str):
+    """Batches of synthetic images: one of ten smooth patterns in noise of twice its size, a tenth of the labels drawn
+    anew."""
+    noise = torch.Generator(device).manual_seed(SEED)
+    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=noise, device=device), size=32, mode="bilinear")
+    for _ in range(steps):
+        y = torch.randint(10, (batch,), generator=noise, device=device)
+        x = patterns[y] + 2 * torch.randn(batch, 3, 32, 32, generator=noise, device=device)
+        wrong = torch.rand(batch, generator=noise, device=device) < LABEL_NOISE
+        yield x, torch.where(wrong, torch.randint(10, (batch,), generator=noise, device=device), y)
+
+
+def train_resnet(setting: Setting, steps: int, *, backend: str, device: str, batch: int = 128, bar=iter):
+    """As `train`, of `resnet18` on `images`."""
+    torch.manual_seed(SEED)
+    model, names = resnet18()
+    return _record(model.to(device), names, bar(images(steps, batch, device)), setting, "batch", backend)
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -383,6 +439,18 @@ def claims(options: Options):
             "P3-5", f"digits, one |v| per row: rms over rows over theory, each weight; {SETTINGS[0]}; seed {SEED}", "1",
             "; ".join(f"{rms(r):.3f} (rows {_range(r)}, median {np.median(r):.3f})" for r in rows.values()),
             "report only", None, *seconds,
+        )
+
+    if options.full and options.wants("P3-4"):
+        setting = Setting(0.1, 5e-4, 0.9)
+        steps = math.ceil(3 / theory.rate(*setting)) + 1000
+        run = options.measure(train_resnet, setting, steps, device=options.device,
+                              bar=lambda items: options.bar(items, "ResNet-18", steps))
+        values = np.array([rms(r.angle[-1000:]) for r in run.value.values()]) / theory.equilibrium_angle(*setting)
+        yield Claim(
+            "P3-4 ResNet-18", f"ResNet-18, synthetic images of 32 x 32: the same of {len(values)} convolutions; {setting}",
+            "1", _range(values), "[.9, 1.1]", bool(((values >= 0.9) & (values <= 1.1)).all()), run.seconds,
+            run.torch_seconds,
         )
 
     yield from _claims_of_stages(options)
