@@ -353,7 +353,7 @@ def _descend_one(objective, point, log_loss, grads, lr, lr_cap, power, stop, max
             snapshots[pending.pop(0)] = [w.clone() for w in point.weights]
         callback(step, log_loss, point, grads)
     weights = [w.clone() for w in point.weights]
-    return Descent(weights, log_loss, log_loss <= stop, torch.tensor(step), torch.tensor(lr), snapshots)
+    return Descent(weights, log_loss, log_loss <= stop, torch.tensor(step), torch.tensor(lr, dtype=torch.float64), snapshots)
 
 
 def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, _, callback):
@@ -373,7 +373,7 @@ def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, ma
         point.rollback(~accepted)
         log_loss = torch.where(accepted, new_log_loss, log_loss)
         grads = [_choose(accepted, new, old) for new, old in zip(new_grads, grads)]
-        lr = torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), lr / factor)
+        lr = torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), torch.where(active, lr / factor, lr))
         active &= log_loss > stop
         callback(step + 1, log_loss, point, grads)
     return Descent([w.clone() for w in point.weights], log_loss, log_loss <= stop, steps.long(), lr)

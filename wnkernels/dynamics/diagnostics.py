@@ -9,11 +9,12 @@ For a row w = s v/|v| with gradient G = dL/dw, of which p is the part along v/|v
     norm, direction_norm   |w| = |s|, and |v|
     gradient_norm          |G|
     cosine                 <w, G>/(|w| |G|): -1 where a neuron has aligned with the negative gradient
-    product, ratio         |w| |G| and |G|/|w|: late in training equal over the neurons that survive, the first for EWN,
-                           the second for SWN and plain weights (Morwani and Ramaswamy, arXiv:2010.12909, theorem 2)
-    unit_gradient          |dL/dv| |v| = |w| |G_t|, the gradient at |v| = 1 (Wan et al., arXiv:2006.08419, sec. 3)
+    product, ratio         |w| |G| and |G|/|w|: late in training equal over the neurons that survive, the
+                           product for EWN, the ratio for SWN and plain weights (Morwani and Ramaswamy,
+                           arXiv:2010.12909, theorem 2)
+    unit_gradient          |dL/dv| |v| = |w| |G_t|, the gradient at |v| = 1 (Wan et al., arXiv:2006.08419)
     angular_update         the angle that the step turned v by, in radians
-    equilibrium_angle      that angle at equilibrium, sqrt(2 eta lambda/(1 + momentum)) (the same, theorem 2)
+    equilibrium_angle      that angle at equilibrium, sqrt(2 eta lambda/(1 + momentum)) (the same)
 
 What a step knows comes from its telemetry, at no cost; `from_gradient` takes w and G where there was no step.
 """
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------- of a step
+# -------------------------------------------------------------------------------------------------- of a step
 
 
 def _derived(s: Tensor, radial: Tensor, tangential: Tensor) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def from_telemetry(telemetry: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
 
 
 def from_gradient(w: Tensor, grad: Tensor, dim: int | None = 0) -> dict[str, Tensor]:
-    """The same from a weight and its gradient, where there was no step: without direction_norm and angular_update.
+    """The same from a weight and its gradient, where there was no step: no direction_norm and angular_update.
 
     Args:
         w, grad: w and dL/dw, of one shape.
@@ -102,7 +103,7 @@ def angular_update(before: Tensor, after: Tensor, dim: int | None = 0) -> Tensor
 
 
 def equilibrium_angles(optimizer) -> dict[str, Tensor]:
-    """Name of each polar weight with a rate and weight decay -> sqrt(2 eta lambda/(1 + momentum)), () or (R,)."""
+    """Name of each polar weight with weight decay -> sqrt(2 eta lambda/(1 + momentum)), () or (R,)."""
     angles = {}
     for group, index, _ in optimizer._weights():
         lr, decay = (torch.as_tensor(group[x], dtype=torch.float64) for x in ("lr", "weight_decay"))
@@ -114,10 +115,10 @@ def equilibrium_angles(optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def momentum_gradient(optimizer) -> dict[str, Tensor]:
-    """Name of each polar weight -> (|g|^2 + 2 mu <m, g>) |v|^2 by row, with g = dL/dv and the momentum m before a step.
+    """Name of each polar weight -> (|g|^2 + 2 mu <m, g>) |v|^2 by row; g = dL/dv, m the momentum so far.
 
-    Its mean gives the equilibrium norm under momentum (Wan et al., theorem 2). To be called between backward() and
-    step(), whose telemetry does not have <m, g>.
+    Its mean gives the equilibrium norm under momentum (Wan et al., theorem 2). To be called between
+    backward() and step(), whose telemetry does not have <m, g>.
     """
     result = {}
     for group, index, p in optimizer._weights():
@@ -142,10 +143,12 @@ class Monitor(Recorder):
         optimizer: PolarSGD, PolarAdam or PolarAdamW with telemetry=True in the groups of interest.
         every: record each this many steps.
 
-    Its quantities are those of the module's docstring; equilibrium_angle is there where a group has weight decay. Steps
-    count from 1; log_loss is NaN, unless the training sets the attribute `log_loss` before a step. `remove` ends it.
+    Its quantities are those of the module's docstring; equilibrium_angle is there where a group has weight
+    decay. Steps count from 1; log_loss is NaN, unless the training sets the attribute `log_loss` before a
+    step. `remove` ends it.
 
-    Raises: ValueError for `every` below 1; RuntimeError, at the first recorded step, if no group has telemetry on.
+    Raises: ValueError for `every` below 1; RuntimeError, at the first recorded step, if no group has
+    telemetry on.
     """
 
     def __init__(self, optimizer, every: int = 1) -> None:
@@ -173,7 +176,7 @@ class Monitor(Recorder):
         self._handle.remove()
 
 
-# ------------------------------------------------------------------------------------------------------- of a network
+# ----------------------------------------------------------------------------------------------- of a network
 
 
 def participation_ratio(norms: Tensor) -> Tensor:
@@ -212,24 +215,25 @@ def normalized_margin(outputs: Tensor, targets: Tensor, norm: float | Tensor, de
 
 
 def layer_invariants(weights: Sequence[Tensor]) -> Tensor:
-    """|W_l|^2 - |W_1|^2 for l = 2, ..., which gradient flow of a network that is homogeneous in each layer conserves."""
+    """|W_l|^2 - |W_1|^2 for l = 2, ..., which the flow of a network homogeneous in each layer conserves."""
     squares = torch.stack([w.detach().double().square().sum() for w in weights])
     return squares[1:] - squares[0]
 
 
 def ncf(forward: Callable, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The neural correlation function of a two-homogeneous network, and how far its weight is from a KKT direction.
+    """The neural correlation function of a two-homogeneous network, and how far it is from a KKT direction.
 
-    N(w) = sum_i z_i H(x_i; w) (Kumar and Haupt, arXiv:2402.09226). Near the origin z are the labels; near a saddle,
-    with the small neurons alone in `weight`, the residuals. While the weight is small dL/dw = -grad N, and the steps'
-    own telemetry says the same: N(u) = -p/(2|w|), residual |G_t|/|G|.
+    N(w) = sum_i z_i H(x_i; w) (Kumar and Haupt, arXiv:2402.09226). Near the origin z are the labels; near a
+    saddle, with the small neurons alone in `weight`, the residuals. While the weight is small dL/dw = -grad
+    N, and the steps' own telemetry says the same: N(u) = -p/(2|w|), residual |G_t|/|G|.
 
     Args:
         forward: weight -> H at all inputs, (n,).
         weight: all weights of the network, not zero.
         z: (n,).
 
-    Returns: N(u) at u = w/|w|, and |(I - u u^T) grad N|/|grad N|, the sine of the angle between w and the gradient.
+    Returns: N(u) at u = w/|w|, and |(I - u u^T) grad N|/|grad N|, the sine of the angle between w and the
+    gradient.
     """
     w = weight.detach().requires_grad_()
     with torch.enable_grad():
@@ -240,13 +244,13 @@ def ncf(forward: Callable, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach() / derived["norm"][0] ** 2, residual[0]
 
 
-# -------------------------------------------------------------------------------- of diagonal nets <x, w^L>, w = s v/|v|
+# --------------------------------------------------------------------- of diagonal nets <x, w^L>, w = s v/|v|
 
 
 def effective_initialization(r: Tensor, r0: Tensor, ratio: float, kind: str) -> Tensor:
-    """kappa: the flow of the normalized net has come where the plain flow from kappa w(0) comes (Chou et al., 2305.05448).
+    """kappa: the normalized flow has come where that from kappa w(0) without normalization comes.
 
-    SWN (r/r0) exp(-(r^2 - r0^2)/(2 ratio)), EWN (r/r0)^(1 - 1/ratio).
+    Chou et al., arXiv:2305.05448: SWN (r/r0) exp(-(r^2 - r0^2)/(2 ratio)), EWN (r/r0)^(1 - 1/ratio).
 
     Args:
         r, r0: the radius now and at the start.
@@ -262,9 +266,9 @@ def effective_initialization(r: Tensor, r0: Tensor, ratio: float, kind: str) -> 
 
 
 def diagonal_invariant(v: Tensor, radius: Tensor, ratio: float, kind: str, depth: int) -> Tensor:
-    """What moves only in the row space of the data, when <a_i, w^L> = y_i is trained by gradient flow; elementwise.
+    """What moves only in the row space of the data, when gradient flow trains <a_i, w^L> = y_i; elementwise.
 
-    With q = radius^2/(2 ratio) for SWN and alpha/ratio for EWN: log v + q for L = 2, (v e^q)^(2 - L) for L >= 3.
+    With q = radius^2/(2 ratio) for SWN, alpha/ratio for EWN: log v + q for L = 2, else (v e^q)^(2 - L).
 
     Args:
         v: (N,) positive, |v| = 1.
