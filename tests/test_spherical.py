@@ -11,7 +11,7 @@ from wnkernels.theory import spherical
 
 
 def simulate(w0, lr, decay, steps, squared=1.0):
-    """|w| of SGD with weight decay on gradients of constant unit length across w, in two lines of arithmetic."""
+    """|w| and angles of SGD with weight decay, for gradients across w of constant length at |w| = 1."""
     norms, angles = [w0], []
     for _ in range(steps):
         kept, side = (1 - lr * decay) * norms[-1], lr * math.sqrt(squared) / norms[-1]
@@ -70,7 +70,7 @@ def test_angular_update():
         assert spherical.angular_update([[2.0, 0, 0]], after)[0] == pytest.approx(angle, rel=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------- experiments
+# ------------------------------------------------------------------------------------------------ experiments
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -93,8 +93,10 @@ def test_walk_refuses():
 def test_training_is_that_of_torch(normalization, rescale):
     """Angle by angle, through the decay of the rate: the polar step on the plain net, and torch on its v."""
     ours, theirs = (
-        wan.train(wan.Setting(0.1, 1e-2, 0.9), normalization, 40, backend=backend, decay_at=20, rescale=rescale,
-                  dtype=torch.float64)
+        wan.train(
+            wan.Setting(0.1, 1e-2, 0.9), normalization, 40, backend=backend, decay_at=20, rescale=rescale,
+            dtype=torch.float64,
+        )
         for backend in ("wnkernels", "torch")
     )
     assert list(ours) == list(theirs) == ["0.weight", "2.weight", "4.weight"]
@@ -125,4 +127,4 @@ def test_batches_are_noisy_and_repeatable():
     x, y = wan.digits()
     nearest = [torch.cdist(inputs, x).argmin(1) for inputs, _ in first]
     wrong = torch.cat([y[near] != targets for near, (_, targets) in zip(nearest, first)]).double().mean()
-    assert 0.07 < wrong < 0.12  # a tenth drawn anew, a tenth of which is right, and few inputs that noise displaces
+    assert 0.07 < wrong < 0.12  # of a tenth drawn anew a tenth is right; noise displaces few inputs

@@ -11,14 +11,14 @@ ACTIVATIONS = ("squared_relu", "relu")
 class TwoLayer(nn.Module):
     """H(x) = sum_j h(x; w_j), with H(x; c w) = c^2 H(x; w) for c >= 0 (Kumar and Haupt, arXiv:2402.09226).
 
-    All weights are one parameter, whose norm is that of the network: a polar step with dim=0 has a radius for each
-    neuron, or, with instances, for each network; with dim=None one for all.
+    All weights are one parameter, whose norm is that of the network: a polar step with dim=0 has a radius for
+    each neuron, or, with instances, for each network; with dim=None one for all.
 
     Args:
         in_features: d.
         neurons: m.
-        activation: "squared_relu", h(x; u) = max(0, <u, x>)^2, where a neuron is u, of dimension d; or "relu",
-            h(x; (u, a)) = a max(0, <u, x>), where it is (u, a), of dimension d + 1.
+        activation: "squared_relu", h(x; u) = max(0, <u, x>)^2, where a neuron is u, of dimension d; or
+            "relu", h(x; (u, a)) = a max(0, <u, x>), where it is (u, a), of dimension d + 1.
         instances: None, or how many independent networks there are.
         scale: the standard deviation of the weights.
         dtype, device: as torch's.
@@ -41,7 +41,8 @@ class TwoLayer(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+            allowed = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation must be one of {allowed}, got {activation!r}")
         self.in_features, self.activation, self.scale = in_features, activation, scale
         shape = neurons, in_features + (activation == "relu")
         if instances is not None:
@@ -65,4 +66,5 @@ class TwoLayer(nn.Module):
         return active.square().sum(-1)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, weight={tuple(self.weight.shape)}, activation={self.activation!r}"
+        shape = tuple(self.weight.shape)
+        return f"in_features={self.in_features}, weight={shape}, activation={self.activation!r}"

@@ -1,20 +1,20 @@
-"""Spherical motion dynamics (Wan, Zhu, Zhang and Sun, arXiv:2006.08419): the equilibrium of weight decay, and its loss.
+"""Spherical motion dynamics (Wan, Zhu, Zhang and Sun, arXiv:2006.08419): the equilibrium of weight decay, and
+its loss.
 
-Under weight decay on v every weight that is normalized turns by sqrt(2 lambda eta/(1 + alpha)) a step, whatever the
-loss, once |v| is at its equilibrium; after a decay of eta the norm, and so the angle, needs thousands of steps to
-follow, unless it is rescaled. `theory.spherical` has the formulas.
+Under weight decay on v every weight that is normalized turns by sqrt(2 lambda eta/(1 + alpha)) a step,
+whatever the loss, once |v| is at its equilibrium; after a decay of eta the norm, and so the angle, needs
+thousands of steps to follow, unless it is rescaled. `theory.spherical` has the formulas.
 
-The polar optimizer is made for this: v is the weight of the paper, its norm and its angular update are the telemetry of
-the step. For a scale-invariant weight under BatchNorm the plain step is the step on v with a fixed radius, kind "unit":
-the optimizer trains the plain net, and reports |v| of the plain weight.
+The polar optimizer is made for this: v is the weight of the paper, its norm and its angular update are the
+telemetry of the step. For a scale-invariant weight under BatchNorm the plain step is the step on v with a
+fixed radius, kind "unit": the optimizer trains the plain net, and reports |v| of the plain weight.
 
-The nets are MLPs 64-128-128-10 on scikit-learn's digits, batch 32, with input noise .2; a tenth of the labels of every
-batch is drawn anew, so that the loss stays above 0 and cannot be learnt by heart.
+The nets are MLPs 64-128-128-10 on scikit-learn's digits, batch 32, with input noise .2; a tenth of the labels
+of every batch is drawn anew, so that the loss stays above 0 and cannot be learnt by heart.
 """
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,14 +59,18 @@ def rms(x: np.ndarray, axis=None) -> np.ndarray:
     return np.sqrt(np.mean(np.square(x), axis))
 
 
-# ------------------------------------------------------------------------------------------------- synthetic gradients
+# ---------------------------------------------------------------------------------------- synthetic gradients
 
 
-def walk(settings, steps: int, window: int, *, backend: str, constant: bool = False, rows: int = 8, size: int = 256):
-    """Descent along isotropic gradients that are tangent to the sphere: (rms angular update, mean norm) of each setting.
+def walk(
+    settings, steps: int, window: int, *, backend: str, constant: bool = False, rows: int = 8, size: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """Descent along isotropic gradients that are tangent to the sphere: (rms angular update, mean norm) of
+    each setting.
 
-    Averages are over the last `window` steps and `rows` independent weights of `size` elements. The unit gradient is
-    standard normal in the tangent space, so its mean square is size - 1; with `constant` it is divided by its length.
+    Averages are over the last `window` steps and `rows` independent weights of `size` elements. The unit
+    gradient is standard normal in the tangent space, so its mean square is size - 1; with `constant` it is
+    divided by its length.
     """
     noise = torch.Generator().manual_seed(SEED)
     momentum = settings[0].momentum  # one number in the optimizer; rates and decays are by row
@@ -78,9 +82,8 @@ def walk(settings, steps: int, window: int, *, backend: str, constant: bool = Fa
     )
     w = nn.Parameter(F.normalize(torch.randn(len(lr), size, generator=noise, dtype=torch.float64)))
     if backend == "wnkernels":
-        optimizer = optim.PolarSGD(
-            [w], lr=lr, momentum=momentum, weight_decay=decay, kind="unit", telemetry=True, retraction="project"
-        )
+        options = {"lr": lr, "momentum": momentum, "weight_decay": decay}
+        optimizer = optim.PolarSGD([w], **options, kind="unit", telemetry=True)
     else:
         buffer = torch.zeros_like(w)
     angles, norms = np.zeros((2, window, len(lr)))
@@ -119,7 +122,7 @@ def walks(steps: int, *, backend: str, bar=iter) -> np.ndarray:
     return np.array(ratios)
 
 
-# --------------------------------------------------------------------------------------------------------------- digits
+# ----------------------------------------------------------------------------------------------------- digits
 
 
 @functools.cache
@@ -143,8 +146,8 @@ def batches(steps: int, seed: int):
 
 
 def mlp(normalization: str, dtype=torch.float32) -> tuple[nn.Module, list[str]]:
-    """A plain MLP, and the names of its weights that are scale-invariant under `normalization`: "layer" and "row" are
-    weight normalization with one g for each, "batch" is BatchNorm in the hidden layers."""
+    """A plain MLP, and the names of its weights that are scale-invariant under `normalization`: "layer" and
+    "row" are weight normalization with one g for each, "batch" is BatchNorm in the hidden layers."""
     hidden = []
     for width in (64, WIDTH):
         if normalization == "batch":
@@ -164,7 +167,7 @@ class Recorded(NamedTuple):
 
 
 def _split(model: nn.Module, names: list[str]) -> list[list]:
-    """Named parameters: the normalized weights, the other matrices, and the vectors, which have no weight decay."""
+    """Named parameters: the normalized weights, the other matrices, and the vectors, which do not decay."""
     parts = [[], [], []]
     for name, p in model.named_parameters():
         parts[0 if name in names else 1 if p.ndim > 1 else 2].append((name, p))
@@ -177,9 +180,9 @@ class _Ours:
     def __init__(self, model, names, normalization, setting) -> None:
         normalized, matrices, vectors = _split(model, names)
         kind = "unit" if normalization == "batch" else "swn"
-        decay = {"weight_decay": setting.weight_decay}
+        decay, dim = {"weight_decay": setting.weight_decay}, 0 if normalization == "row" else None
         groups = [
-            {"params": normalized, "kind": kind, "dim": 0 if normalization == "row" else None, "telemetry": True, **decay},
+            {"params": normalized, "kind": kind, "dim": dim, "telemetry": True, **decay},
             {"params": matrices, "kind": None, **decay},
             {"params": vectors, "kind": None},
         ]
@@ -194,7 +197,7 @@ class _Ours:
 
 
 class _Torch:
-    """torch's parametrization, or the plain BatchNorm net, with torch.optim.SGD; what it records takes copies of v."""
+    """torch's parametrization, or the plain BatchNorm net, with torch.optim.SGD; copies v to record."""
 
     def __init__(self, model, names, normalization, setting) -> None:
         normalized, matrices, vectors = _split(model, names)
@@ -236,15 +239,15 @@ class _RescalingSGD(torch.optim.SGD):
 
 
 def train(
-    setting: Setting, normalization: str, steps: int, *, backend: str, decay_at: int | None = None, rescale: bool = False,
-    dtype: torch.dtype = torch.float32, bar=iter,
+    setting: Setting, normalization: str, steps: int, *, backend: str, decay_at: int | None = None,
+    rescale: bool = False, dtype: torch.dtype = torch.float32, bar=iter,
 ) -> dict[str, Recorded]:
     """Trains an MLP on digits, and records every step of every normalized weight.
 
     Args:
         normalization: "layer", "row" or "batch", see `mlp`.
-        decay_at: the number of steps after which eta becomes eta/FACTOR; with `rescale` |v| goes to its new equilibrium
-            at once.
+        decay_at: the number of steps after which eta becomes eta/FACTOR; with `rescale` |v| goes to its new
+            equilibrium at once.
     """
     torch.manual_seed(SEED)
     model, names = mlp(normalization, dtype)
@@ -252,7 +255,9 @@ def train(
     return _record(model, names, bar(data), setting, normalization, backend, decay_at, rescale)
 
 
-def _record(model, names, data, setting, normalization, backend, decay_at=None, rescale=False) -> dict[str, Recorded]:
+def _record(
+    model, names, data, setting, normalization, backend, decay_at=None, rescale=False
+) -> dict[str, Recorded]:
     trained = (_Ours if backend == "wnkernels" else _Torch)(model, names, normalization, setting)
     stages = multi_stage(trained.optimizer, [] if decay_at is None else [decay_at], FACTOR, rescale=rescale)
     records = {name: ([], []) for name in names}
@@ -266,13 +271,14 @@ def _record(model, names, data, setting, normalization, backend, decay_at=None, 
                 column.append(value)
         stages.step()
     return {
-        name: Recorded(*(torch.stack(column).double().cpu().numpy() for column in both)) for name, both in records.items()
+        name: Recorded(*(torch.stack(column).double().cpu().numpy() for column in columns))
+        for name, columns in records.items()
     }
 
 
 def growth_error(steps: int, *, backend: str) -> float:
-    """Without weight decay and momentum |v|^2 grows by eta^2 |dL/dv|^2 a step: the largest error of the sum over
-    |v|^2, over all rows and times of a run in float64. dL/dv comes from dL/dw, not from the step."""
+    """Without weight decay and momentum |v|^2 grows by eta^2 |dL/dv|^2 a step: the largest error of the sum
+    over |v|^2, over all rows and times of a run in float64. dL/dv comes from dL/dw, not from the step."""
     torch.manual_seed(SEED)
     model, names = mlp("row", torch.float64)
     setting = Setting(0.1, 0.0, 0.0)
@@ -299,7 +305,7 @@ def growth_error(steps: int, *, backend: str) -> float:
     return worst
 
 
-# ------------------------------------------------------------------------------------------- ResNet-18, for a GPU
+# --------------------------------------------------------------------------------------- ResNet-18, for a GPU
 
 
 class _Block(nn.Module):
@@ -319,8 +325,8 @@ class _Block(nn.Module):
 
 
 def resnet18() -> tuple[nn.Module, list[str]]:
-    """ResNet-18 for images of 32 x 32 (He et al., arXiv:1512.03385), and the names of its convolutions' weights, all of
-    them under BatchNorm."""
+    """ResNet-18 for images of 32 x 32 (He et al., arXiv:1512.03385), and the names of its convolutions'
+    weights, all of them under BatchNorm."""
     layers, width = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()], 64
     for after, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         layers += [_Block(width, after, stride), _Block(after, after, 1)]
@@ -330,10 +336,11 @@ def resnet18() -> tuple[nn.Module, list[str]]:
 
 
 def images(steps: int, batch: int, device: str):
-    """Batches of synthetic images: one of ten smooth patterns in noise of twice its size, a tenth of the labels drawn
-    anew."""
+    """Batches of synthetic images: one of ten smooth patterns in noise of twice its size, a tenth of the
+    labels drawn anew."""
     noise = torch.Generator(device).manual_seed(SEED)
-    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=noise, device=device), size=32, mode="bilinear")
+    coarse = torch.randn(10, 3, 4, 4, generator=noise, device=device)
+    patterns = F.interpolate(coarse, size=32, mode="bilinear")
     for _ in range(steps):
         y = torch.randint(10, (batch,), generator=noise, device=device)
         x = patterns[y] + 2 * torch.randn(batch, 3, 32, 32, generator=noise, device=device)
@@ -348,15 +355,15 @@ def train_resnet(setting: Setting, steps: int, *, backend: str, device: str, bat
     return _record(model.to(device), names, bar(images(steps, batch, device)), setting, "batch", backend)
 
 
-# -------------------------------------------------------------------------------------------------------------- claims
+# ----------------------------------------------------------------------------------------------------- claims
 
 
-def _range(values) -> str:
-    return f"{np.min(values):.3f}..{np.max(values):.3f}"
+def _range(values, form: str = ".3f") -> str:
+    return f"{np.min(values):{form}}..{np.max(values):{form}}"
 
 
 def _steady(options: Options, normalization: str, settings=SETTINGS) -> tuple[list, float, float]:
-    """For each setting the angular updates over theory, name -> (1000, R), after 3 times the time of relaxation."""
+    """For each setting the angular updates over theory, name -> (1000, R), from 3/x steps on."""
     ratios, seconds = [], np.zeros(2)
     for setting in settings:
         steps, window = math.ceil(3 / theory.rate(*setting)), 1000
@@ -374,19 +381,17 @@ BEFORE = 2000  # steps of the first stage, 4 times its time of relaxation
 
 
 def _stages(options: Options, normalization: str, rescale: bool):
-    before, after = BEFORE, WINDOWS[-1] + WINDOW
-    if options.small:
-        after = WINDOWS[0] + WINDOW
-    return before, options.measure(
-        train, STAGES, normalization, before + after, decay_at=before, rescale=rescale,
-        bar=lambda items: options.bar(items, f"{normalization}, eta/{FACTOR}", before + after),
+    steps = BEFORE + WINDOWS[0 if options.small else -1] + WINDOW
+    return options.measure(
+        train, STAGES, normalization, steps, decay_at=BEFORE, rescale=rescale,
+        bar=lambda items: options.bar(items, f"{normalization}, eta/{FACTOR}", steps),
     )
 
 
-def _windows(record: Recorded, before: int) -> np.ndarray:
+def _windows(record: Recorded) -> np.ndarray:
     """The rms angular update in each of WINDOWS, as far as the run goes, over the new equilibrium."""
     target = theory.equilibrium_angle(STAGES.lr / FACTOR, STAGES.weight_decay, STAGES.momentum)
-    starts = [before + s for s in WINDOWS if before + s + WINDOW <= len(record.angle)]
+    starts = [BEFORE + s for s in WINDOWS if BEFORE + s + WINDOW <= len(record.angle)]
     return np.array([rms(record.angle[s : s + WINDOW]) for s in starts]) / target
 
 
@@ -400,11 +405,12 @@ NETS = {"layer": "WN", "batch": "BN"}
 
 def claims(options: Options):
     if options.wants("P3-1"):
-        run = options.measure(walks, 3000 if options.small else 8000, bar=lambda items: options.bar(items, "walks"))
-        good = bool((abs(run.value - 1) <= 0.01).all())
+        run = options.measure(walks, 8000, bar=lambda items: options.bar(items, "walks"))
+        shown = ", ".join(map(str, WALKS))
         yield Claim(
-            "P3-1", f"tangent gradients: angular update, and norm, over theory; eta/lambda/alpha {', '.join(map(str, WALKS))}",
-            "1", f"{_range(run.value[:, 0])}; {_range(run.value[:, 1])}", "within 1%", good, run.seconds, run.torch_seconds,
+            "P3-1", f"tangent gradients: angular update, and norm, over theory; eta/lambda/alpha {shown}",
+            "1", f"{_range(run.value[:, 0], '.4f')}; {_range(run.value[:, 1], '.4f')}", "within 1%",
+            bool((abs(run.value - 1) <= 0.01).all()), run.seconds, run.torch_seconds,
         )
 
     if options.wants("P3-2"):
@@ -426,8 +432,8 @@ def claims(options: Options):
             ratios, *seconds = _steady(options, normalization, settings)
             values = [[rms(angles) for angles in found.values()] for found in ratios]
             yield Claim(
-                claim, f"digits, {text}: rms angular update over theory, each weight; eta/lambda/alpha {shown}", "1",
-                "; ".join(" ".join(f"{x:.3f}" for x in line) for line in values), "[.93, 1.05]",
+                claim, f"digits, {text}: rms angular update over theory, by weight; eta/lambda/alpha {shown}",
+                "1", "; ".join(" ".join(f"{x:.3f}" for x in line) for line in values), "[.93, 1.05]",
                 bool(((np.array(values) >= 0.93) & (np.array(values) <= 1.05)).all()), *seconds,
             )
 
@@ -436,8 +442,8 @@ def claims(options: Options):
         rows = {name: rms(angles, 0) for name, angles in found.items()}
         options.results["rows"] = rows
         yield Claim(
-            "P3-5", f"digits, one |v| per row: rms over rows over theory, each weight; {SETTINGS[0]}; seed {SEED}", "1",
-            "; ".join(f"{rms(r):.3f} (rows {_range(r)}, median {np.median(r):.3f})" for r in rows.values()),
+            "P3-5", f"digits, |v| per row: rms over rows over theory, by weight; {SETTINGS[0]}, seed {SEED}",
+            "1", "; ".join(f"{rms(r):.3f} ({_range(r)}, median {np.median(r):.3f})" for r in rows.values()),
             "report only", None, *seconds,
         )
 
@@ -446,11 +452,13 @@ def claims(options: Options):
         steps = math.ceil(3 / theory.rate(*setting)) + 1000
         run = options.measure(train_resnet, setting, steps, device=options.device,
                               bar=lambda items: options.bar(items, "ResNet-18", steps))
-        values = np.array([rms(r.angle[-1000:]) for r in run.value.values()]) / theory.equilibrium_angle(*setting)
+        target = theory.equilibrium_angle(*setting)
+        values = np.array([rms(r.angle[-1000:]) for r in run.value.values()]) / target
         yield Claim(
-            "P3-4 ResNet-18", f"ResNet-18, synthetic images of 32 x 32: the same of {len(values)} convolutions; {setting}",
-            "1", _range(values), "[.9, 1.1]", bool(((values >= 0.9) & (values <= 1.1)).all()), run.seconds,
-            run.torch_seconds,
+            "P3-4 ResNet-18",
+            f"ResNet-18, synthetic 32 x 32 images: the same of {len(values)} convolutions; {setting}", "1",
+            _range(values), "[.9, 1.1]", bool(((values >= 0.9) & (values <= 1.1)).all()),
+            run.seconds, run.torch_seconds,
         )
 
     yield from _claims_of_stages(options)
@@ -458,8 +466,8 @@ def claims(options: Options):
     if options.wants("P3-10"):
         run = options.measure(growth_error, 100 if options.small else 500)
         yield Claim(
-            "P3-10", "no decay, a run on digits: |v|^2 = |v_0|^2 + sum of eta^2 |dL/dv|^2, relative error, float64", 0.0,
-            run.value, "1e-10", run.value <= 1e-10, run.seconds, run.torch_seconds,
+            "P3-10", "digits, no decay: |v|^2 = |v_0|^2 + sum of eta^2 |dL/dv|^2, relative error, float64",
+            0.0, run.value, "1e-10", run.value <= 1e-10, run.seconds, run.torch_seconds,
         )
 
 
@@ -469,14 +477,12 @@ def _claims_of_stages(options: Options):
     if not options.wants("P3-6", "P3-8", *long):
         return
     runs = {(net, rescale): _stages(options, net, rescale) for net in NETS for rescale in (False, True)}
-    before = runs["layer", False][0]
-    options.results["stages"] = {key: run.value for key, (_, run) in runs.items()}
-    ratios = {key: np.array([_windows(r, before) for r in run.value.values()]) for key, (_, run) in runs.items()}
-    options.results["windows"] = ratios
+    options.results["stages"] = {key: run.value for key, run in runs.items()}
+    ratios = {key: np.array([_windows(record) for record in run.value.values()]) for key, run in runs.items()}
     plain = {NETS[net]: ratios[net, False] for net in NETS}
     rescaled = {NETS[net]: ratios[net, True] for net in NETS}
-    seconds = [sum(times) for times in zip(*((run.seconds, run.torch_seconds) for _, run in runs.values()))]
-    about = f"eta {STAGES.lr:g} -> {STAGES.lr / FACTOR:g}, lambda {STAGES.weight_decay:g}, alpha {STAGES.momentum:g}; seed {SEED}"
+    seconds = [sum(times) for times in zip(*((run.seconds, run.torch_seconds) for run in runs.values()))]
+    about = f"{STAGES}, eta/{FACTOR}; seed {SEED}"
     predicted = _predicted_windows()
 
     def text(values, index=0):
@@ -486,7 +492,8 @@ def _claims_of_stages(options: Options):
         first = np.concatenate([x[:, 0] for x in plain.values()])
         yield Claim(
             "P3-6", f"angular update over its new equilibrium, 20 to 220 steps after the decay; {about}",
-            f"{predicted[0]:.3f}", text(plain), "[.25, .40]", bool(((first >= 0.25) & (first <= 0.40)).all()), *seconds,
+            f"{predicted[0]:.3f}", text(plain), "[.25, .40]", bool(((first >= 0.25) & (first <= 0.40)).all()),
+            *seconds,
         )
     if options.wants("P3-7") and not options.small:
         for net, bound in (("BN", 0.10), ("WN", 0.18)):
@@ -506,20 +513,21 @@ def _claims_of_stages(options: Options):
     if options.wants("P3-9") and not options.small:
         drop = {
             NETS[net]: np.array([
-                r.norm[-WINDOW:].mean() / r.norm[before - WINDOW : before].mean()
+                r.norm[-WINDOW:].mean() / r.norm[BEFORE - WINDOW : BEFORE].mean()
                 for r in options.results["stages"][net, False].values()
             ])[:, None]
             for net in NETS
         }
         values = np.concatenate(list(drop.values()))
         yield Claim(
-            "P3-9", f"|v| {WINDOWS[-1]} steps after the decay over |v| before; {about}", float(theory.rescale_factor(FACTOR)),
-            text(drop), "[.45, .65]", bool(((values >= 0.45) & (values <= 0.65)).all()), *seconds,
+            "P3-9", f"|v| {WINDOWS[-1]} steps after the decay over |v| before; {about}",
+            float(theory.rescale_factor(FACTOR)), text(drop), "[.45, .65]",
+            bool(((values >= 0.45) & (values <= 0.65)).all()), *seconds,
         )
 
 
 def figures(results: dict, folder: Path) -> None:
-    """wan-angles.png: angular updates after the decay against the prediction, and wan-rows.png, each row's equilibrium."""
+    """wan-angles.png: angular updates through the decay, and their prediction; wan-rows.png: of rows."""
     from matplotlib.figure import Figure
 
     if "stages" in results:
@@ -529,13 +537,13 @@ def figures(results: dict, folder: Path) -> None:
         for panel, net in zip(figure.subplots(1, 2, sharey=True), NETS):
             for rescale, style in ((False, "-"), (True, ":")):
                 for color, (name, record) in enumerate(results["stages"][net, rescale].items()):
-                    smooth = record.angle[: len(record.angle) // 50 * 50, 0].reshape(-1, 50)
-                    label = f"{name}{', rescaled' if rescale else ''}"
-                    panel.semilogy(np.arange(len(smooth)) * 50 + 25, rms(smooth, 1), style, color=f"C{color}", label=label)
-                steps = len(record.angle)
-            after = np.arange(steps - 2000)
-            panel.semilogy([0, 2000], [old, old], "k--")
-            panel.semilogy(2000 + after, new * theory.transient_ratio(FACTOR, x * after), "k--", label="prediction")
+                    smooth = rms(record.angle[: len(record.angle) // 50 * 50, 0].reshape(-1, 50), 1)
+                    at, label = np.arange(len(smooth)) * 50 + 25, f"{name}{', rescaled' if rescale else ''}"
+                    panel.semilogy(at, smooth, style, color=f"C{color}", label=label)
+            after = np.arange(len(record.angle) - BEFORE)
+            predicted = new * theory.transient_ratio(FACTOR, x * after)
+            panel.semilogy([0, BEFORE], [old, old], "k--")
+            panel.semilogy(BEFORE + after, predicted, "k--", label="prediction")
             panel.set(title=NETS[net], xlabel="step", ylabel="angular update, radians")
             panel.legend(fontsize=7)
         figure.savefig(folder / "wan-angles.png", dpi=110)

@@ -5,11 +5,11 @@ A network H(x; W) is a sum of neurons h(x; w_j) with h(x; c w) = c^2 h(x; w) for
     "squared_relu"   h(x; u) = max(0, <u, x>)^2           a neuron is u, of x's dimension d
     "relu"           h(x; (u, a)) = a max(0, <u, x>)      a neuron is (u, a), of dimension d + 1
 
-The neural correlation function (NCF) of labels z is N(W) = sum_i z_i H(x_i; W) = sum_j N(w_j). Its stationary points on
-the unit sphere, grad N(u) = 2 N(u) u, are the KKT directions. From W(0) = delta W0 the flow of the squared loss obeys
-d log|W|/dt = 2 N(u), du/dt = (I - u u^T) grad N(u) for u = W/|W| until |W| is of order one: u goes to a KKT direction,
-and a norm r is reached after log(r/delta)/(2 N) from there. Near a saddle (W_n, 0) the same holds for the small neurons,
-with the residual labels z = y - H(X; W_n).
+The neural correlation function (NCF) of labels z is N(W) = sum_i z_i H(x_i; W) = sum_j N(w_j). Its stationary
+points on the unit sphere, grad N(u) = 2 N(u) u, are the KKT directions. From W(0) = delta W0 the flow of the
+squared loss obeys d log|W|/dt = 2 N(u), du/dt = (I - u u^T) grad N(u) for u = W/|W| until |W| is of order
+one: u goes to a KKT direction, and a norm r is reached after log(r/delta)/(2 N) from there. Near a saddle
+(W_n, 0) the same holds for the small neurons, with the residual labels z = y - H(X; W_n).
 
 numpy and scipy only: no kernel of this package takes part.
 """
@@ -49,7 +49,7 @@ def _check(neurons: ArrayLike, X: ArrayLike, activation: str) -> tuple[np.ndarra
 
 
 def outputs(neurons: ArrayLike, X: ArrayLike, activation: str = "squared_relu") -> np.ndarray:
-    """h(x_i; w_j) for neurons (..., d or d + 1) and X (n, d): shape (..., n). The network is their sum over neurons.
+    """h(x_i; w_j), (..., n), for neurons (..., d or d + 1) and X (n, d); the network is its sum over j.
 
     Raises: ValueError for another activation, or shapes that do not fit.
     """
@@ -64,7 +64,9 @@ def ncf(neurons: ArrayLike, X: ArrayLike, z: ArrayLike, activation: str = "squar
     return outputs(neurons, X, activation) @ np.asarray(z, float)
 
 
-def ncf_gradient(neurons: ArrayLike, X: ArrayLike, z: ArrayLike, activation: str = "squared_relu") -> np.ndarray:
+def ncf_gradient(
+    neurons: ArrayLike, X: ArrayLike, z: ArrayLike, activation: str = "squared_relu"
+) -> np.ndarray:
     """dN/dw_j, of the neurons' shape; 0 is taken as the derivative of max(0, .) at 0."""
     neurons, X = _check(neurons, X, activation)
     z = np.asarray(z, float)
@@ -77,9 +79,9 @@ def ncf_gradient(neurons: ArrayLike, X: ArrayLike, z: ArrayLike, activation: str
 
 
 def kkt_residual(neurons: ArrayLike, X: ArrayLike, z: ArrayLike, activation: str = "squared_relu") -> float:
-    """|(I - u u^T) grad N(u)| / |grad N(u)| of a whole network, u = W/|W|: the sine of the angle between W and grad N.
+    """|(I - u u^T) grad N(u)|/|grad N(u)| of a whole network, u = W/|W|.
 
-    Zero at a KKT direction, and 1 where the gradient vanishes.
+    The sine of the angle between W and grad N: zero at a KKT direction, and 1 where the gradient vanishes.
     """
     w = np.asarray(neurons, float).ravel()
     gradient = ncf_gradient(neurons, X, z, activation).ravel()
@@ -90,8 +92,8 @@ def kkt_residual(neurons: ArrayLike, X: ArrayLike, z: ArrayLike, activation: str
 def kkt_directions_in_plane(X: ArrayLike, z: ArrayLike) -> list[Direction]:
     """All KKT directions of a squared ReLU neuron for inputs in the plane, largest value first; exact.
 
-    Between two angles at which an input becomes active N is a quadratic form, whose stationary directions are its
-    eigenvectors; N is once differentiable, so there are no others.
+    Between two angles at which an input becomes active N is a quadratic form, whose stationary directions are
+    its eigenvectors; N is once differentiable, so there are no others.
 
     Raises: ValueError if X is not of shape (n, 2).
     """
@@ -135,11 +137,13 @@ def ncf_maximum(
         length, products = np.linalg.norm(u), np.maximum(X @ u, 0)
         value = products**degree @ z
         gradient = degree * (z * (products > 0) * products ** (degree - 1)) @ X
-        return -sign * value / length**degree, -sign * (gradient - degree * value * u / length**2) / length**degree
+        scale = -sign / length**degree
+        return scale * value, scale * (gradient - degree * value * u / length**2)
 
     for start in rng.normal(size=(starts, X.shape[1])):
         for sign in (1, -1) if activation == "relu" else (1,):
-            end = optimize.minimize(quotient, start / np.linalg.norm(start), sign, jac=True, method="L-BFGS-B")
+            first = start / np.linalg.norm(start)
+            end = optimize.minimize(quotient, first, sign, jac=True, method="L-BFGS-B")
             u = end.x / np.linalg.norm(end.x)
             neuron = np.append(u, sign) / math.sqrt(2) if activation == "relu" else u
             value = float(ncf(neuron, X, z, activation))
@@ -158,7 +162,7 @@ def angle_to_nearest(neurons: ArrayLike, directions: list[Direction]) -> float:
 
 
 def escape_time(radius: float, delta: float, value: float) -> float:
-    """log(radius/delta)/(2 value): the time in which |W| grows from delta to radius along a KKT direction of that NCF.
+    """log(radius/delta)/(2 value): the time from |W| = delta to radius along a KKT direction of that NCF.
 
     Kumar and Haupt, sec. 4. Raises: ValueError unless radius, delta and value are positive.
     """
@@ -171,7 +175,7 @@ def escape_time(radius: float, delta: float, value: float) -> float:
 def fit_neurons(X: ArrayLike, y: ArrayLike, start: ArrayLike, activation: str = "squared_relu") -> np.ndarray:
     """Neurons, of the shape of `start`, at a stationary point of sum_i (H(x_i; W) - y_i)^2/2 near `start`.
 
-    Least squares, whose cost cannot tell stationary points closer than the root of rounding, then a root of the gradient.
+    Least squares, whose cost is flat to rounding near the point, then a root of the gradient.
 
     Raises: RuntimeError where there is none.
     """
@@ -181,7 +185,8 @@ def fit_neurons(X: ArrayLike, y: ArrayLike, start: ArrayLike, activation: str = 
         return outputs(w.reshape(start.shape), X, activation).sum(0) - y
 
     def jacobian(w):
-        return np.stack([ncf_gradient(w.reshape(start.shape), X, e, activation).ravel() for e in np.eye(len(X))])
+        neurons = w.reshape(start.shape)
+        return np.stack([ncf_gradient(neurons, X, e, activation).ravel() for e in np.eye(len(X))])
 
     def gradient(w):
         return residuals(w) @ jacobian(w)
