@@ -1,4 +1,4 @@
-"""Linear tensor networks, f(x) = M(x) o (w_1, ..., w_L): Yun, Krishnan and Mobahi (arXiv:2010.02501), section 3.
+"""Linear tensor networks, f(x) = M(x) o (w_1, ..., w_L): Yun, Krishnan and Mobahi (arXiv:2010.02501).
 
 M(x) is a tensor of order L that is linear in x, so that f is linear in x and in every layer: f(x) = <beta, x> with
 coefficients beta(w_1, ..., w_L). Fully connected, diagonal and circular convolutional linear nets are of this kind.

@@ -1,9 +1,9 @@
 """Chou, Rauhut and Ward, Robust implicit regularization via weight normalization (arXiv:2305.05448).
 
-Claims P4-1 to P4-9: gradient descent and flow on ||A x - y||^2/2 with x = u^L - v^L, (u, v) = w = r v/||v||, one radius
-for the whole vector. A is a 25 x 60 matrix of N(0, 1/25), y = A x* for x* of three entries +-U(0.5, 1.5), w(0) = alpha 1.
-Everything runs as an ensemble: instances (seeds, scales, ratios of the rates, step sizes) are the rows of one weight, and
-one polar step with rates per row moves all of them.
+Claims P4-1 to P4-9: gradient descent and flow on ||A x - y||^2/2 with x = u^L - v^L, (u, v) = w = r v/||v||, one
+radius for the whole vector. A is a 25 x 60 matrix of N(0, 1/25), y = A x* for x* of three entries +-U(0.5, 1.5), and
+w(0) = alpha 1. Everything runs as an ensemble: instances (seeds, scales, ratios of the rates, step sizes) are the rows
+of one weight, and one polar step with rates per row moves all of them.
 """
 
 import itertools
@@ -168,7 +168,7 @@ def flow_end(data, start, depth, kind, eta=1.0, end=TIME, backend="wnkernels"):
 
 
 def invariants(data, lrs, depths, eta=0.3, alpha=0.1, steps=STEPS, backend="wnkernels", bar=iter):
-    """(depth, kind) -> the `Run` of a row for each step size, and the relative residuals of the invariant (len(lrs),)."""
+    """(depth, kind) -> the `Run` of a row for each step size, and the relative residual of the invariant for each."""
     found = {}
     for depth, kind in bar(list(itertools.product(depths, ("swn", "ewn")))):
         start = constant_start([alpha] * len(lrs))
@@ -181,14 +181,14 @@ def invariants(data, lrs, depths, eta=0.3, alpha=0.1, steps=STEPS, backend="wnke
 
 
 def flow_invariants(data, depths, eta=0.3, alpha=0.1, backend="wnkernels"):
-    """The largest relative residual of the invariant at the end of the flows."""
-    worst = 0.0
+    """(depth, kind) -> kappa and the relative residual of the invariant at the end of the flow."""
+    found = {}
     start = constant_start([alpha])[0]
     for depth, kind in itertools.product(depths, ("swn", "ewn")):
         w = flow_end(data, start, depth, kind, eta, backend=backend)[0]
-        kappa = implicit_bias.kappa(float(w.norm()), float(start.norm()), eta, kind)
-        worst = max(worst, implicit_bias.invariant_residual(w.numpy(), start.numpy(), kappa, data.B, depth))
-    return worst
+        kappa = float(implicit_bias.kappa(float(w.norm()), float(start.norm()), eta, kind))
+        found[depth, kind] = kappa, implicit_bias.invariant_residual(w.numpy(), start.numpy(), kappa, data.B, depth)
+    return found
 
 
 def kappa_grid(data, alphas, etas, kind, lr, steps, retraction="project", backend="wnkernels", device="cpu"):
@@ -251,7 +251,8 @@ def batch_speed(data, alphas, etas, steps, lr=LR):
 
 
 def equivalence(data, runs, eta=0.3, alpha=0.1, depths=(2, 3)):
-    """(depth, kind) -> the largest difference of a coordinate of the descent's end and of plain flow from kappa w(0)."""
+    """(depth, kind) -> the largest difference of a coordinate between the descent's end and plain flow's from kappa w(0).
+    """
     differences = {}
     for depth, kind in itertools.product(depths, ("swn", "ewn")):
         run, _ = runs[depth, kind]
@@ -277,7 +278,8 @@ def flow_errors(datas, alphas, eta=0.1, backend="wnkernels", bar=iter):
     errors = {}
     for kind, alpha in bar([(kind, alpha) for alpha in alphas for kind in ("swn", None)]):
         ends = [flow_end(data, constant_start([alpha])[0], 2, kind, eta, backend=backend)[0] for data in datas]
-        errors[kind, alpha] = np.array([float(data.error(w[:SIZE] ** 2 - w[SIZE:] ** 2)) for data, w in zip(datas, ends)])
+        errors[kind, alpha] = np.array([float(data.error(w[:SIZE] ** 2 - w[SIZE:] ** 2))
+                                        for data, w in zip(datas, ends)])
     return errors
 
 
@@ -303,15 +305,21 @@ def _invariant_claims(options):
     if options.wants("P4-1"):
         for (depth, kind), (_, residuals) in run.value.items():
             ratios = residuals[:-1] / residuals[1:]
-            yield Claim(f"P4-1 L={depth} {NAMES[kind]}", "residual of the invariant after raw-v descent at lr .02, .01, "
-                        ".005, .0025 is of first order: its ratios", "2 each",
+            yield Claim(f"P4-1 L={depth} {NAMES[kind]}", "residual of the invariant after raw-v descent at lr .02, "
+                        ".01, .005, .0025 is of first order: its ratios", "2 each",
                         f"{', '.join(f'{r:.4f}' for r in residuals)}; {ratios.min():.2f}..{ratios.max():.2f}",
                         "ratios in [1.8, 2.2]", bool(((ratios >= 1.8) & (ratios <= 2.2)).all()), run.seconds,
                         run.torch_seconds)
         if not options.small:
             flow = options.measure(flow_invariants, data, (2, 3))
+            worst = max(residual for _, residual in flow.value.values())
             yield Claim("P4-1 flow", "the same residual at the end of the flow, worst of L = 2, 3, SWN and EWN", 0.0,
-                        flow.value, "<= 1e-8", flow.value <= 1e-8, flow.seconds, flow.torch_seconds)
+                        worst, "<= 1e-8", worst <= 1e-8, flow.seconds, flow.torch_seconds)
+            start, y = constant_start([0.1])[0].numpy(), data.y.numpy()
+            predicted = {kind: implicit_bias.predicted_limit(data.B, y, start, 0.3, kind)[0] for kind in ("swn", "ewn")}
+            worst = max(abs(flow.value[2, kind][0] / predicted[kind] - 1) for kind in predicted)
+            yield Claim("P4-2 flow", "kappa of these flows, L = 2, SWN and EWN, from a scalar root and the entropic "
+                        "dual: relative error", 0.0, worst, "<= 1e-6", worst <= 1e-6, flow.seconds, flow.torch_seconds)
     if options.wants("P4-3"):
         with options.clock() as clock:
             differences = equivalence(data, run.value)
@@ -326,7 +334,7 @@ def _kappa_claims(options):
     alphas, etas = (0.01, 0.03, 0.1), (0.1, 0.3, 1.0)
     cases = [("swn", 0.02, STEPS, 5e-3), ("ewn", 0.02, STEPS, 5e-3)]
     if not options.small:
-        cases.append(("swn", 0.0025, 16 * STEPS, 1e-3))
+        cases.append(("swn", 0.0025, 24 * STEPS, 1e-3))  # to t = 2400: with ratio .1 the end is slow
     for kind, lr, steps, bound in options.bar(cases, "P4-2"):
         run = options.measure(kappa_grid, data, alphas, etas, kind, lr, steps)
         options.results[f"chou_kappa_{kind}_{lr}"] = run.value
@@ -334,10 +342,10 @@ def _kappa_claims(options):
         distance = max(row["distance"] for row in run.value)
         fine = lr < 0.02
         yield Claim(f"P4-2 {NAMES[kind]} lr={lr}", f"kappa from a scalar root and the entropic dual, L = 2, "
-                    f"{len(run.value)} pairs of alpha in .01...1 and ratio .1...1: relative error; largest difference of "
-                    "a coordinate of the limit", 0.0, f"{relative:.1e}; {distance:.1e}",
-                    f"<= {bound:g}" + ("; <= 1e-3" if fine else ""), relative <= bound and (not fine or distance <= 1e-3),
-                    run.seconds, run.torch_seconds)
+                    f"{len(run.value)} pairs of alpha in .01 to .1 and ratio .1 to 1: relative error; largest difference "
+                    "of a coordinate of the limit", 0.0, f"{relative:.1e}; {distance:.1e}",
+                    f"<= {bound:g}" + ("; <= 1e-3" if fine else ""),
+                    relative <= bound and (not fine or distance <= 1e-3), run.seconds, run.torch_seconds)
 
 
 def _batch_claims(options):
@@ -346,9 +354,9 @@ def _batch_claims(options):
     alphas, etas = np.geomspace(0.003, 0.3, count), np.geomspace(0.03, 1, count)
     batch, single, name, difference = batch_speed(data, alphas, etas, 500 if options.small else 2000)
     speedup = single / batch
-    yield Claim("P4-2 batch", f"grid of {count**2} pairs of alpha and ratio as one batch, time of the fastest way one by "
-                f"one ({name}) over it; largest difference of a signal", ">= 5", f"{speedup:.1f}; {difference:.1e}",
-                ">= 5; <= 1e-9", speedup >= 5 and difference <= 1e-9, batch)
+    yield Claim("P4-2 batch", f"grid of {count**2} pairs of alpha and ratio as one batch: time of the fastest way one "
+                f"by one ({name}) over its time; largest difference of a signal", ">= 5; 0",
+                f"{speedup:.1f}; {difference:.1e}", ">= 5; <= 1e-9", speedup >= 5 and difference <= 1e-9, batch)
     if not options.small:
         count = 32 if options.full else 16
         alphas, etas = np.geomspace(0.003, 0.3, count), np.geomspace(0.03, 1, count)
@@ -399,8 +407,8 @@ def _endpoint_claims(options):
     if options.wants("P4-9"):
         with options.clock() as clock:
             datas = [problem(seed) for seed in SEEDS]
-            worst = max(float(np.abs(implicit_bias.basis_pursuit(data.A.numpy(), data.y.numpy()) - data.x.numpy()).max())
-                        for data in datas)
+            found = [implicit_bias.basis_pursuit(data.A.numpy(), data.y.numpy()) for data in datas]
+            worst = max(float(np.abs(x - data.x.numpy()).max()) for x, data in zip(found, datas))
         yield Claim("P4-9", f"basis pursuit by linear programming recovers x*, worst of {len(SEEDS)} seeds", 0.0, worst,
                     "<= 1e-10", worst <= 1e-10, clock.seconds)
 

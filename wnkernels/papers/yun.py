@@ -1,9 +1,10 @@
 """Yun, Krishnan and Mobahi, A unifying view on implicit bias in training linear neural networks (arXiv:2010.02501).
 
 Claims P1-1 to P1-7. The paper's networks are not normalized. From layers of equal norm, plain gradient flow keeps the
-norms equal to one another, and EWN with one norm for each layer, d w_l/dt = -||w_l||^2 dL/dw_l, is then the same path in
-another time: the classification experiments run so on our kernels, and as plain flow for the backend "torch". A start
-with a zero layer, as of the regression claims, has no direction to normalize; these run as plain descent and flow.
+norms equal to one another, and EWN with one norm for each layer, d w_l/dt = -||w_l||^2 dL/dw_l, is then the same path
+in another time: the classification experiments run so on our kernels, and as plain flow for the backend "torch". A
+start with a zero layer, as of the regression claims, has no direction to normalize; these run as plain descent and
+flow.
 """
 
 import math
@@ -291,8 +292,8 @@ def _q_claims(options):
     error, steps = max(row["error"] for row in fine), max(row["steps"] for row in fine)
     done = all(row["steps"] >= 0 for row in fine)
     ratios = [b["error"] / a["error"] for a, b in zip(fine, coarse) if a["error"] > 1e-6]  # else it is the tolerance
-    yield Claim("P1-1", f"limit of {len(fine)} diagonal nets, L = 2, 3, 4, is the minimizer of Q; gradient descent, step "
-                "1e-3", "argmin Q", f"error {error:.2g}, {steps} steps", "<= 5e-4, <= 8.5e4 steps",
+    yield Claim("P1-1", f"limit of {len(fine)} diagonal nets, L = 2, 3, 4, is the minimizer of Q; gradient descent, "
+                "step 1e-3", "argmin Q", f"error {error:.2g}, {steps} steps", "<= 5e-4, <= 8.5e4 steps",
                 done and error <= 5e-4 and steps <= 8.5e4, clock.seconds)
     yield Claim("P1-1 order", "that error at step 1e-2 over the one at 1e-3 (first order: 10), median", 10.0,
                 float(np.median(ratios)), "reported", None, clock.seconds)
@@ -305,9 +306,9 @@ def _flow_claims(options):
             rows = decomposable_residuals(SEEDS[:1] if options.small else SEEDS, (0.1, 1.0))
         options.results["yun_decomposable"] = rows
         worst = max(row["residual"] for row in rows)
-        yield Claim("P1-2", f"the same for random orthogonally decomposable 8^3 tensors, 6 components, 2 examples, flow, "
-                    f"{len(rows)} runs: residual of grad Q outside the row space", 0.0, worst, "<= 1e-9", worst <= 1e-9,
-                    clock.seconds)
+        yield Claim("P1-2", f"the same for random orthogonally decomposable 8^3 tensors, 6 components, 2 examples, "
+                    f"flow, {len(rows)} runs: residual of grad Q outside the row space", 0.0, worst, "<= 1e-9",
+                    worst <= 1e-9, clock.seconds)
     if options.wants("P1-3"):
         cases = [((3, 0.01, (1.0, 1.0)), [0, 0.5], 1e-4, "1e-4"), ((3, 0.01, (2.0, 0.5)), [1, 0], 1e-4, "1e-4"),
                  ((3, 3.0, (1.0, 1.0)), [0.2, 0.4], 1e-3, "1e-3")]
@@ -334,7 +335,8 @@ def _plane_claims(options):
         target = ", ".join(f"{value:.4g}" for value in targets[name])
         yield Claim(f"P1-4 {name}", f"angle to the max-margin direction at margin 1e4, degrees, median of {len(seeds)} "
                     "starts; worst of angle at 1e4 over that at 1e2", f"0 to ({target})",
-                    f"{np.median(last):.2g} (worst {last.max():.2g}, {(last > bound).sum()} above the bound); {share:.2g}",
+                    f"{np.median(last):.2g} (worst {last.max():.2g}, {(last > bound).sum()} above the bound); "
+                    f"{share:.2g}",
                     f"<= {bound}; <= 0.5", bool(np.median(last) <= bound and share <= 0.5), run.seconds,
                     run.torch_seconds)
 
@@ -349,12 +351,13 @@ def _conv_claims(options):
         if depth == 2:
             worst = max(row["ratio"] for row in run.value)
             yield Claim(name, f"convolutional L = 2, d = 4, 3 examples: ||F beta||_1/margin over the least, worst of "
-                        f"{len(seeds)}", 1.0, f"{worst:.6f}", "<= 1.005", worst <= 1.005, run.seconds, run.torch_seconds)
+                        f"{len(seeds)}", 1.0, f"{worst:.6f}", "<= 1.005", worst <= 1.005, run.seconds,
+                        run.torch_seconds)
         else:
             free = [row["residual"] for row in run.value if row["frequencies"] > 1]
             worst, sparse = max(free, default=0.0), len(run.value) - len(free)
-            yield Claim(name, f"convolutional L = 3, d = 4, 3 examples: the limit is a stationary point; worst residual "
-                        f"of {len(free)}, the other {sparse} of one frequency", 0.0, worst, "<= 1e-2", worst <= 1e-2,
+            yield Claim(name, f"convolutional L = 3, d = 4, 3 examples: the limit is a stationary point; worst "
+                        f"residual of {len(free)}, the other {sparse} of one frequency", 0.0, worst, "<= 1e-2", worst <= 1e-2,
                         run.seconds, run.torch_seconds)
 
 
@@ -363,8 +366,8 @@ def _singular_claims(options):
     run = options.measure(singular_vectors, seeds, bar=lambda items: options.bar(items, "P1-6"))
     options.results["yun_singular"] = run.value
     worst, falls = max(row["last"] for row in run.value), all(row["last"] < row["first"] for row in run.value)
-    yield Claim("P1-6", f"random 3 x 4 x 5 tensors, 3 examples: 1 - cos of the layers and M(u) o (the others) at margin "
-                f"1e4, worst of {len(seeds)}", 0.0, worst, "<= 0.02, less than at 10", worst <= 0.02 and falls,
+    yield Claim("P1-6", f"random 3 x 4 x 5 tensors, 3 examples: 1 - cos of the layers and M(u) o (the others) at "
+                f"margin 1e4, worst of {len(seeds)}", 0.0, worst, "<= 0.02, less than at 10", worst <= 0.02 and falls,
                 run.seconds, run.torch_seconds)
     with options.clock() as clock:
         ratio = max(norm_ratios(seeds, bar=lambda items: options.bar(items, "P1-6, norms")))

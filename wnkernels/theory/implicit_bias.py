@@ -3,7 +3,7 @@
 Diagonal linear nets f(x) = <x, w_1 * ... * w_L> and everything that is one in transformed inputs. Two papers:
 
 - Yun, Krishnan and Mobahi (arXiv:2010.02501): from w_1 = ... = w_{L-1} = alpha eta and w_L = 0 the limit minimizes
-  Q_{L,alpha,eta} among the interpolants (`interpolation_limit`); as alpha -> 0 weighted l1 (l2 for fully connected nets).
+  Q_{L,alpha,eta} among the interpolants (`interpolation_limit`).
 - Chou, Rauhut and Ward (arXiv:2305.05448): on x = w^L (signed: x = u^L - v^L), w = r v/||v||, weight normalization acts
   like a start from kappa w(0) without it (`kappa`, `predicted_limit`, `invariant_residual`).
 
@@ -18,7 +18,7 @@ __all__ = ["basis_pursuit", "blow_up", "entropic_projection", "h", "h_inverse", 
            "invariant_residual", "kappa", "predicted_limit", "q_residual", "q_value", "two_sided"]
 
 
-# ------------------------------------------------------------------------------------------------- Yun et al.: Q_{L,a,e}
+# ------------------------------------------------------------------------------------------------------ Yun et al.: Q
 
 
 def _check_depth(depth):
@@ -55,7 +55,7 @@ def _s(q, depth):
 
 
 def h(s, depth):
-    """h_L = p^{L-1} q (Yun et al., lemma 4): odd, increasing, infinite from `blow_up` on. Elementwise."""
+    """h_L = p^{L-1} q (Yun et al.): odd, increasing, infinite from `blow_up` on. Elementwise."""
     q = _q(np.asarray(s, dtype=float), depth)
     return (1 + q**2) ** ((depth - 1) / 2) * q
 
@@ -81,9 +81,9 @@ def h_inverse(t, depth):
 
 
 def q_value(rho, depth, alpha, eta):
-    """Q_{L,alpha,eta}(rho) = alpha^2 sum_j eta_j^2 H_L(rho_j/(alpha eta_j)^L), H_L(t) the integral of h_L^{-1} from 0 to t.
+    """Q_{L,alpha,eta}(rho) = alpha^2 sum_j eta_j^2 H_L(rho_j/(alpha eta_j)^L), H_L the integral of h_L^{-1} from 0 on.
 
-    Yun et al., theorem 6. With t = h(s), H_L(t) = t s - int_0^s h, and int_0^s h = q^2/2, since (p^2/2)' = p^{L-1} q.
+    Yun et al. (regression with orthogonally decomposable tensors). With t = h(s), H_L(t) = t s - int_0^s h, and int_0^s h = q^2/2, since (p^2/2)' = p^{L-1} q.
     """
     a = alpha * np.asarray(eta, dtype=float)
     t = np.asarray(rho, dtype=float) / a**depth
@@ -102,7 +102,7 @@ def q_residual(rho, features, depth, alpha, eta):
 
 
 def interpolation_limit(features, y, depth, alpha, eta):
-    """argmin Q_{L,alpha,eta}(rho) with features rho = y (Yun et al., theorem 6): (m,).
+    """argmin Q_{L,alpha,eta}(rho) with features rho = y (Yun et al.): (m,).
 
     By its dual: rho_j = (alpha eta_j)^L h_L((alpha eta_j)^{L-2} (features^T c)_j), a monotone system for c.
 
@@ -186,7 +186,7 @@ def kappa(r_end, r_start, eta, kind="swn"):
     """The factor on w(0) from which the flow without normalization has the same limit (or is on the same path).
 
     SWN: (r_end/r_start) exp(-(r_end^2 - r_start^2)/(2 eta)); EWN: (r_end/r_start)^{1 - 1/eta}; eta is the rate of the
-    radius over that of the direction, with ||v|| = 1. From the invariants of the flow (Chou et al., sec. 3): with
+    radius over that of the direction, with ||v|| = 1. From the invariants of the flow (Chou et al.): with
     d log v_j + d r^2/(2 eta) in the row space, and for EWN dr/dt = r^2 (...) in the place of dr/dt. Elementwise.
 
     Raises: ValueError for another kind.
@@ -277,7 +277,7 @@ def invariant_residual(w, start, kappa, B, depth):
     """How far the invariant is from being kept: the relative distance from the row space of B, a number.
 
     Weight-normalized flow keeps log(w/(kappa start)) (depth 2), (w/kappa)^{2-L} - start^{2-L} (depth L >= 3) in the row
-    space of B, with kappa that of the radius so far (Chou et al., the invariants of sec. 3).
+    space of B, with kappa that of the radius so far (Chou et al.).
 
     Args:
         w, start: (m,) positive, now and at the start.

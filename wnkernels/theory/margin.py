@@ -123,12 +123,13 @@ def quasi_norm_max_margin(X, y, depth):
     return best
 
 
-def stationarity(rho, features, y, depth, active=1e-2, support=1e-3):
+def stationarity(rho, features, y, depth, active=1e-2, support=1e-2):
     """How far rho is from a stationary point of ||rho||_{2/depth} with y_i Re<rho, features_i> >= 1: a number.
 
-    On the support, |rho_j|^{2/depth-2} rho_j = sum_i lambda_i y_i features_ij with lambda_i >= 0, and lambda_i = 0 where
-    the margin is not active (Yun et al., theorem 3 and corollary 1); off the support there is no condition for
-    depth >= 3. The residual of the least squares fit of lambda, relative to the left-hand side.
+    On the support, |rho_j|^{2/depth-2} rho_j = sum_i lambda_i y_i features_ij with lambda_i >= 0, and lambda_i = 0
+    where the margin is not active (the conditions of Karush, Kuhn and Tucker); off the support
+    there is no condition for depth >= 3. The residual of the least squares fit of lambda, relative to the left-hand
+    side.
 
     Args:
         rho: (m,) real or complex, of any positive scale.
@@ -140,7 +141,7 @@ def stationarity(rho, features, y, depth, active=1e-2, support=1e-3):
     rho, features, y = np.asarray(rho), np.asarray(features), np.asarray(y, dtype=float)
     margins = y * (features.conj() @ rho).real
     on = np.abs(rho) > support * np.abs(rho).max()
-    near = margins <= (1 + active) * margins.min()
+    near = margins <= margins.min() + active * np.abs(margins.min())
     gradient = np.abs(rho[on]) ** (2 / depth - 2) * rho[on]
     columns = (y[near, None] * features[near][:, on]).T
     columns, gradient = (np.concatenate([part.real, part.imag]) for part in (columns, gradient))
