@@ -108,10 +108,8 @@ def test_momentum_gradient(kind):
 def test_monitor():
     w = torch.nn.Parameter(torch.randn(3, 4, dtype=F64))
     u = torch.nn.Parameter(torch.randn(2, 4, dtype=F64))
-    optimizer = PolarAdam(
-        [{"params": [("w", w)], "weight_decay": 0.5}, {"params": [("u", u)], "telemetry": False}],
-        lr=1e-3, kind="ewn", telemetry=True,
-    )
+    groups = [{"params": [("w", w)], "weight_decay": 0.5}, {"params": [("u", u)], "telemetry": False}]
+    optimizer = PolarSGD(groups, lr=1e-3, momentum=0.6, kind="ewn", telemetry=True)
     monitor = diagnostics.Monitor(optimizer, every=2)
     norms = []
     for step in range(4):
@@ -126,7 +124,13 @@ def test_monitor():
     np.testing.assert_allclose(values, [norms[1], norms[3]], rtol=1e-12)
     assert {line["weight"] for line in monitor.table()} == {"w"}
     assert {line["log_loss"] for line in monitor.table()} == {-1.0, -3.0}
-    np.testing.assert_allclose(monitor.series("equilibrium_angle")[1], math.sqrt(2 * 0.5 * 1e-3))
+    np.testing.assert_allclose(monitor.series("equilibrium_angle")[1], math.sqrt(2 * 0.5 * 1e-3 / 1.6))
+    adam = PolarAdam([w], lr=1e-3, weight_decay=0.5, kind="swn", telemetry=True)
+    monitor = diagnostics.Monitor(adam)
+    adam.step()
+    assert monitor.series("angular_update")[1].shape == (1, 3)
+    with pytest.raises(ValueError, match="equilibrium_angle"):  # another law, which the paper does not give
+        monitor.series("equilibrium_angle")
     with pytest.raises(ValueError, match="every"):
         diagnostics.Monitor(optimizer, every=0)
 

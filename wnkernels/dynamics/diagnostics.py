@@ -27,7 +27,6 @@ from torch import Tensor
 
 from .. import functional
 from ..optim import TELEMETRY
-from ..theory import spherical
 from .record import Recorder
 
 __all__ = [
@@ -103,13 +102,12 @@ def angular_update(before: Tensor, after: Tensor, dim: int | None = 0) -> Tensor
 
 
 def equilibrium_angles(optimizer) -> dict[str, Tensor]:
-    """Name of each polar weight with weight decay -> sqrt(2 eta lambda/(1 + momentum)), () or (R,)."""
+    """Name of each weight that SGD decays -> sqrt(2 eta lambda/(1 + momentum)), () or (R,); empty for Adam."""
     angles = {}
     for group, index, _ in optimizer._weights():
-        lr, decay = (torch.as_tensor(group[x], dtype=torch.float64) for x in ("lr", "weight_decay"))
-        if (decay > 0).all() and (lr > 0).all():
-            angle = spherical.equilibrium_angle(lr.numpy(), decay.numpy(), group.get("momentum", 0.0))
-            angles[optimizer._name(group, index)] = torch.as_tensor(angle)
+        x = torch.as_tensor(group["lr"] * group["weight_decay"], dtype=torch.float64)
+        if "momentum" in group and (x > 0).all():
+            angles[optimizer._name(group, index)] = torch.sqrt(2 * x / (1 + group["momentum"]))
     return angles
 
 
@@ -117,8 +115,8 @@ def equilibrium_angles(optimizer) -> dict[str, Tensor]:
 def momentum_gradient(optimizer) -> dict[str, Tensor]:
     """Name of each polar weight -> (|g|^2 + 2 mu <m, g>) |v|^2 by row; g = dL/dv, m the momentum so far.
 
-    Its mean gives the equilibrium norm under momentum (Wan et al., theorem 2). To be called between
-    backward() and step(), whose telemetry does not have <m, g>.
+    Its mean is what `theory.spherical.equilibrium_norm` takes (Wan et al., theorem 2). To be called between
+    backward() and step(), whose telemetry does not have <m, g>; without momentum it is unit_gradient^2.
     """
     result = {}
     for group, index, p in optimizer._weights():
@@ -143,7 +141,7 @@ class Monitor(Recorder):
         optimizer: PolarSGD, PolarAdam or PolarAdamW with telemetry=True in the groups of interest.
         every: record each this many steps.
 
-    Its quantities are those of the module's docstring; equilibrium_angle is there where a group has weight
+    Its quantities are those of the module's docstring; equilibrium_angle is there where SGD has weight
     decay. Steps count from 1; log_loss is NaN, unless the training sets the attribute `log_loss` before a
     step. `remove` ends it.
 
