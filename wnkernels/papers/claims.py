@@ -44,6 +44,10 @@ class Claim:
     seconds: float = math.nan
     torch_seconds: float = math.nan
 
+    def __post_init__(self) -> None:
+        if self.holds is not None:  # numpy's bool is not `False`
+            object.__setattr__(self, "holds", bool(self.holds))
+
 
 class Clock:
     """`with options.clock() as clock: ...`, then clock.seconds."""

@@ -344,7 +344,7 @@ def alive_rows(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, 
 
 # ------------------------------------------------------------------------------------------ P0-10, P0-11: pruning
 
-PRUNING_SEEDS = (0, 1, 2)
+PRUNING_SEEDS = (9192, 3576, 2356)  # the authors'
 PRUNED = (0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -595,7 +595,7 @@ def pruning_claims(options: Options) -> Iterator[Claim]:
             run = options.measure(train_for_pruning, kind, seed, data, width, levels, progress=progress)
         states[kind, seed] = run.value
         times[kind, seed] = run
-    total = {kind: sum(times[kind, seed].seconds for seed in PRUNING_SEEDS) for kind in KINDS if (kind, 0) in times}
+    total = {kind: sum(times[kind, seed].seconds for seed in PRUNING_SEEDS) for kind in KINDS if (kind, PRUNING_SEEDS[0]) in times}
     torch_total = {kind: sum(times[kind, seed].torch_seconds for seed in PRUNING_SEEDS) for kind in total}
     ratios = {
         key: {level: participation_ratio(pruning.norms(w[0])).item() for level, w in levels.items()}
@@ -605,7 +605,7 @@ def pruning_claims(options: Options) -> Iterator[Claim]:
     if options.wants("P0-10"):
         accuracy = {key: pruned_accuracy(state, -50.0, data) for key, state in states.items()}
         options.results["pruning"] = accuracy
-        seeds = f"seeds {numbers(PRUNING_SEEDS)}"
+        seeds = f"seeds {numbers(PRUNING_SEEDS, '{:.0f}')}"
         for kind, text, good in (
             ("ewn", "<= 25", lambda r: r <= 25), ("swn", ">= 90", lambda r: r >= 90), (None, ">= 90", lambda r: r >= 90)
         ):

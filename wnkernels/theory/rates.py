@@ -29,13 +29,12 @@ def plain_rate(margin: float, depth: int) -> float:
     """depth^2 L t (log t)^(2-2/depth) when the margin p^depth is `margin`, for p' = depth p^(depth-1) e^-margin.
 
     With w = p^depth, w' = depth^2 w^(2-2/depth) e^-w, so that t L depth^2 is the integral of e^(u-w) u^-(2-2/depth) up
-    to u = w. Tends to 1, and for depth 1 is 1.
+    to u = w, here from u = 1 on. Tends to 1; for depth 1 it is 1 - e^(1-w).
 
     Args:
         margin: above 1; depth: at least 1.
     """
     power = 2 - 2 / depth
-    # From u = 1 on: where the flow began does not matter to the limit, and below 1e-15 from a margin of 50 on.
     scaled, _ = quad(lambda s: math.exp(-s) * (margin - s) ** -power, 0, min(margin - 1, 745), limit=200)
     return scaled * (margin + math.log(scaled / depth**2)) ** power
 
