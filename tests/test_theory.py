@@ -193,7 +193,13 @@ def flow(B, y, start, eta, kind, end=3000.0):
 
 
 def test_basis_pursuit(rng):
-    A, x = sparse_problem(rng)
+    A, x = sparse_problem(rng)  # too few rows for x itself to be recovered in every draw
+    found = bias.basis_pursuit(A, A @ x)
+    np.testing.assert_allclose(A @ found, A @ x, atol=1e-10)
+    null = np.linalg.svd(A)[2][9:]
+    others = [x] + [found + scale * rng.normal(size=11) @ null for scale in np.geomspace(1e-4, 1, 500)]
+    assert np.abs(others).sum(1).min() >= np.abs(found).sum() * (1 - 1e-12)
+    A, x = sparse_problem(rng, m=40, n=60)
     np.testing.assert_allclose(bias.basis_pursuit(A, A @ x), x, atol=1e-10)
     with pytest.raises(ValueError, match="basis_pursuit"):
         bias.basis_pursuit(np.zeros((1, 3)), [1.0])
