@@ -4,7 +4,9 @@ Gradients and identities of the parametrization, flows, trajectories, loss rates
 training. The recipes of the replays are the authors' published ones (wnkernels/papers/data).
 """
 
+import gzip
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -241,6 +243,39 @@ def replay_rates(backend: str) -> dict[str, list[tuple[int, float, float]]]:
     return result
 
 
+def deep_rates(kind: str | None, depth: int, steps: int, backend: str, device: str = "cpu") -> list[float]:
+    """conv_rate with 1 to 4 linear layers of width 100: the loss after each of `steps` updates.
+
+    All start with the same function: the layers are torch's, and the first is moved the least to give w_init.
+    """
+    data = read_data("conv_rate_1layer")
+    x, y, target = (torch.tensor(data[key], dtype=F64, device=device) for key in ("x", "y", "w_init"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = [2] + [100] * (depth - 1) + [1]
+        start = [nn.Linear(a, b, bias=False).weight.detach().double() for a, b in zip(widths, widths[1:])]
+    start = [w.to(device) for w in start]
+    rest = torch.eye(1, dtype=F64, device=device)
+    for w in reversed(start[1:]):
+        rest = rest @ w
+    start[0] = start[0] + rest.T @ (target[None] - rest @ start[0]) / rest.square().sum()
+    point = polar_weights(start, kind, norm="weight", backend=backend)
+
+    def forward(weights):
+        f = x.T
+        for w in weights:
+            f = w @ f
+        return y * f[0]
+
+    gradient, trace = objective(forward, losses.logistic), []
+    for _ in range(steps):
+        log_loss, grads = gradient(point.weights)
+        trace.append(log_loss)
+        loss = log_loss.exp()
+        point.step([g * loss for g in grads], data["lr"])
+    return torch.stack(trace).exp().tolist()
+
+
 def scalar_rate(kind: str, depth: int, margins: Sequence[float]) -> list[float]:
     """depth^2 L t (log t)^(2-2/depth) of the net w^depth with loss e^-margin, for EWN (depth 1) L t (log t)^2.
 
@@ -358,6 +393,21 @@ def digits(device: str) -> list[Tensor]:
     return [torch.tensor(p, device=device, dtype=torch.float32 if p.ndim == 2 else torch.int64) for p in parts]
 
 
+def mnist(device: str) -> list[Tensor] | None:
+    """8000 and 2000 of MNIST's 10 000 test images, normalized as in the paper, from the folder WN_MNIST, or None."""
+    folder = os.environ.get("WN_MNIST")
+    if not folder:
+        return None
+    x, y = (
+        np.frombuffer(gzip.open(Path(folder, f"t10k-{name}-ubyte.gz")).read(), np.uint8, offset=offset)
+        for name, offset in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = (x.reshape(-1, 784)[order] / 255 - 0.1307) / 0.3081, y[order].astype(np.int64)
+    parts = x[:8000], x[8000:], y[:8000], y[8000:]
+    return [torch.tensor(p, device=device) for p in parts]
+
+
 def outputs(weights: Sequence[Tensor], x: Tensor) -> Tensor:
     first, bias, second = weights
     return torch.relu(torch.addmm(bias, x, first.T)) @ second.T
@@ -438,6 +488,8 @@ def claims(options: Options) -> Iterator[Claim]:
         options.results["rates"] = run.value
         yield Claim("P0-5", "conv_rate, one layer: the 12 losses after 500, 1000, 2000 and 5000 steps are the authors'",
                     "their log", f"off by {worst:.1e}", "rel. <= 1e-4", worst <= 1e-4, *run[1:])
+        if options.full:
+            yield from deep_rate_claims(options)
     if options.wants("P0-6"):
         yield from scalar_claims(options)
     if options.wants("P0-7"):
@@ -448,6 +500,8 @@ def claims(options: Options) -> Iterator[Claim]:
         yield from linsep_claims(options)
     if options.wants("P0-10", "P0-11") and not options.small:  # minutes
         yield from pruning_claims(options)
+        if options.full:
+            yield from image_claims(options)
 
 
 def flow_claims(options: Options) -> Iterator[Claim]:
@@ -487,6 +541,21 @@ def trajectory_claims(options: Options) -> Iterator[Claim]:
     off = np.abs(far[finite] / limits[finite] - 1).max()
     yield Claim("P0-4", "limit of the bounded weight, the polar flow at margin 1e4", numbers(limits[finite], "{:.4g}"),
                 numbers(far[finite], "{:.5g}"), "rel. <= 1%", bool(off <= 0.01), clock.seconds)
+
+
+def deep_rate_claims(options: Options, steps: int = 1_000_000) -> Iterator[Claim]:
+    depths = (1, 2, 3, 4)
+    for kind, text, good in (("ewn", "spread <= .1", lambda x: x <= 0.1), (None, "spread >= .3", lambda x: x >= 0.3)):
+        slopes, seconds = [], np.zeros(2)
+        for depth in options.bar(depths, f"P0-5, {name_of(kind)}"):
+            run = options.measure(deep_rates, kind, depth, steps, device=options.device)
+            half = steps // 2
+            slopes.append(math.log(run.value[-1] / run.value[half - 1]) / math.log(steps / half))
+            seconds += run[1:]
+        gap = max(slopes) - min(slopes)
+        yield Claim("P0-5", f"conv_rate, 1 to 4 layers, {name_of(kind)}: slope of log L over log t, the last half of {steps} "
+                    "steps", "the same" if kind else "falls with depth", f"{numbers(slopes)}; spread {gap:.2f}", text,
+                    good(gap), *seconds)
 
 
 def scalar_claims(options: Options) -> Iterator[Claim]:
@@ -634,6 +703,31 @@ def pruning_claims(options: Options) -> Iterator[Claim]:
         path = [ratios["ewn", PRUNING_SEEDS[0]][level] for level in (-10.0, -50.0, -100.0)]
         yield Claim("P0-11", f"EWN, seed {PRUNING_SEEDS[0]}: participation ratio at e^-10, e^-50, e^-100", "falls",
                     numbers(path), "decreasing", path[0] > path[1] > path[2], *times["ewn", PRUNING_SEEDS[0]][1:])
+
+
+def image_claims(options: Options) -> Iterator[Claim]:
+    """The paper's own net, on as many images as there are, by full-batch descent."""
+    data = mnist(options.device)
+    if data is None:
+        yield Claim("P0-10", "MNIST, 784-1024-10, to e^-300", "", "not run: WN_MNIST names no folder", "none", None)
+        return
+    lead, seconds = {level: [] for level in (-10.0, -300.0)}, np.zeros(2)
+    for seed in options.bar(PRUNING_SEEDS, "P0-10, MNIST"):
+        accuracy = {}
+        for kind in ("ewn", None):
+            run = options.measure(train_for_pruning, kind, seed, data, 1024, (-10.0, -100.0, -300.0))
+            seconds += run[1:]
+            accuracy[kind] = {level: pruned_accuracy(run.value, level, data) for level in lead}
+        for level, values in lead.items():
+            values.append([accuracy["ewn"][level][f] - accuracy[None][level][f] for f in (0.8, 0.9)])
+    early, late = (np.mean(lead[level], 0) for level in lead)
+    for id, text, value, bound, holds in (
+        ("P0-10", "at e^-300, 80% pruned", late[0], ">= 2", late[0] >= 2),
+        ("P0-10", "at e^-300, 90% pruned", late[1], ">= 6", late[1] >= 6),
+        ("P0-11", "at e^-10, 80% pruned", early[0], "< 0", early[0] < 0),
+    ):
+        yield Claim(id, f"MNIST, 784-1024-10: lead of EWN over the plain net {text}, points, mean of 3 seeds", "", value,
+                    bound, holds, *seconds)
 
 
 # -------------------------------------------------------------------------------------------------------- the figures
