@@ -358,7 +358,7 @@ def claims(options: Options):
 
 
 def figures(results: dict, folder: Path) -> None:
-    """kumar-trajectory.png, the paper's figure 1, and kumar-escape.png, of the experiments that have run."""
+    """kumar_trajectory.png, the paper's figure 1, and kumar_escape.png, of the experiments that have run."""
     from matplotlib.figure import Figure
 
     if "full_run" in results:
@@ -370,9 +370,9 @@ def figures(results: dict, folder: Path) -> None:
         loss.semilogy(path.step[shown], path.norm[shown, 0], label="|W|")
         loss.set(title=f"seed {SEEDS[0]}", xlabel="step")
         loss.legend()
-        angle.plot(path.step[shown], path.angle[shown, 0], linewidth=0.8)
+        angle.plot(path.step[shown], (path.angle[shown, 0] + 90) % 360 - 90, linewidth=0.8)
         angle.set(title="angle of each neuron", xlabel="step", ylabel="degrees")
-        figure.savefig(folder / "kumar-trajectory.png", dpi=110)
+        figure.savefig(folder / "kumar_trajectory.png", dpi=110)
     if "escape" in results or "align" in results or "saddle" in results:
         figure = Figure(figsize=(11, 3.5), layout="constrained")
         panels = figure.subplots(1, 3)
@@ -388,4 +388,4 @@ def figures(results: dict, folder: Path) -> None:
             panels[2].loglog(results["align"]["delta"], results["align"]["residual"].T, "o-")
         panels[2].set(title="KKT residual at |W| = .3 sqrt(delta)", xlabel="delta")
         panels[2].title.set_fontsize(9)
-        figure.savefig(folder / "kumar-escape.png", dpi=110)
+        figure.savefig(folder / "kumar_escape.png", dpi=110)

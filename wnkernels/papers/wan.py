@@ -49,8 +49,8 @@ class Setting(NamedTuple):
 # Synthetic gradients: two rates for each momentum. Digits: 3/x steps of the settings are 600, 1500 and 3000.
 WALKS = tuple(Setting(0.1, decay, momentum) for momentum in (0.0, 0.5, 0.9) for decay in (5e-3, 2e-2))
 SETTINGS = (Setting(0.1, 5e-3, 0.9), Setting(0.1, 1e-2, 0.5), Setting(0.1, 1e-2, 0.0))
-STAGES = Setting(0.1, 2e-3, 0.9)  # the first stage of the decay by FACTOR
-FACTOR = 10
+STAGES = Setting(0.1, 2e-3, 0.9)  # the first stage, of BEFORE = 4/x steps; then eta is divided by FACTOR
+BEFORE, FACTOR = 2000, 10
 WINDOW = 200
 WINDOWS = (20, 500, 1000, 2000, 3000, 5000)  # starts, in steps after the decay
 
@@ -285,8 +285,9 @@ def growth_error(steps: int, *, backend: str) -> float:
     trained = (_Ours if backend == "wnkernels" else _Torch)(model, names, "row", setting)
 
     def squares(name):
-        v = trained.vs[name].detach() if backend == "torch" else model.get_parameter(name)
-        return v.square().sum(1) if backend == "torch" else trained.optimizer.state[v]["norm"] ** 2
+        if backend == "torch":
+            return trained.vs[name].detach().square().sum(1)
+        return trained.optimizer.state[model.get_parameter(name)]["norm"] ** 2
 
     expected = {name: squares(name).clone() for name in names}
     worst = 0.0
@@ -375,9 +376,6 @@ def _steady(options: Options, normalization: str, settings=SETTINGS) -> tuple[li
         ratios.append({name: record.angle[-window:] / angle for name, record in run.value.items()})
         seconds += run.seconds, run.torch_seconds
     return ratios, *seconds
-
-
-BEFORE = 2000  # steps of the first stage, 4 times its time of relaxation
 
 
 def _stages(options: Options, normalization: str, rescale: bool):
@@ -527,7 +525,7 @@ def _claims_of_stages(options: Options):
 
 
 def figures(results: dict, folder: Path) -> None:
-    """wan-angles.png: angular updates through the decay, and their prediction; wan-rows.png: of rows."""
+    """wan_angles.png: angular updates through the decay, and their prediction; wan_rows.png: of rows."""
     from matplotlib.figure import Figure
 
     if "stages" in results:
@@ -546,7 +544,7 @@ def figures(results: dict, folder: Path) -> None:
             panel.semilogy(BEFORE + after, predicted, "k--", label="prediction")
             panel.set(title=NETS[net], xlabel="step", ylabel="angular update, radians")
             panel.legend(fontsize=7)
-        figure.savefig(folder / "wan-angles.png", dpi=110)
+        figure.savefig(folder / "wan_angles.png", dpi=110)
     if "rows" in results:
         figure = Figure(figsize=(6, 3.5), layout="constrained")
         panel = figure.subplots()
@@ -555,4 +553,4 @@ def figures(results: dict, folder: Path) -> None:
         panel.axhline(1, color="k", linestyle="--")
         panel.set(title="angular update of each row over theory", xlabel="share of rows", ylabel="ratio")
         panel.legend()
-        figure.savefig(folder / "wan-rows.png", dpi=110)
+        figure.savefig(folder / "wan_rows.png", dpi=110)
