@@ -170,7 +170,7 @@ def test_figures_are_drawn(tmp_path):
     options = claims.Options(small=True, out=tmp_path, only=frozenset({"P0-4", "P0-7"}))
     assert list(morwani.claims(options))
     morwani.figures(options.results, tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} == {"morwani-trajectories.png", "morwani-xor.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {"morwani_trajectories.png", "morwani_xor.png"}
 
 
 def test_pure_torch_gives_the_same(capsys):
