@@ -45,12 +45,12 @@ class Problem:
         return torch.linalg.vector_norm(torch.as_tensor(signal) - self.x, dim=-1) / self.x.norm()
 
 
-def problem(seed):
+def problem(seed, measurements=MEASUREMENTS, sparsity=SPARSITY):
     rng = np.random.default_rng(seed)
-    A = rng.normal(size=(MEASUREMENTS, SIZE)) / np.sqrt(MEASUREMENTS)
+    A = rng.normal(size=(measurements, SIZE)) / np.sqrt(measurements)
     x = np.zeros(SIZE)
-    support = rng.choice(SIZE, SPARSITY, replace=False)
-    x[support] = rng.choice([-1, 1], SPARSITY) * rng.uniform(0.5, 1.5, SPARSITY)
+    support = rng.choice(SIZE, sparsity, replace=False)
+    x[support] = rng.choice([-1, 1], sparsity) * rng.uniform(0.5, 1.5, sparsity)
     return Problem(torch.tensor(A), torch.tensor(x), torch.tensor(A @ x), implicit_bias.two_sided(A))
 
 
@@ -131,7 +131,7 @@ def descend(A, y, start, depth, kind, lr, eta=1.0, steps=STEPS, every=0, retract
     net = DiagonalNet(start, depth, two_sided=True)
     matrix, w = net.matrix(A), start.clone()
     lr, eta = (torch.as_tensor(rate, dtype=w.dtype, device=w.device).expand(len(w)).contiguous() for rate in (lr, eta))
-    norm = torch.ones(len(w), dtype=w.dtype)
+    norm = torch.ones(len(w), dtype=w.dtype, device=w.device)
     if kind is not None:
         make = polar_stepper if backend == "wnkernels" else torch_stepper
         take, norm = make(w, kind, lr, lr * eta, retraction)
@@ -251,8 +251,8 @@ def batch_speed(data, alphas, etas, steps, lr=LR):
 
 
 def equivalence(data, runs, eta=0.3, alpha=0.1, depths=(2, 3)):
-    """(depth, kind) -> the largest difference of a coordinate between the descent's end and plain flow's from kappa w(0).
-    """
+    """(depth, kind) -> the largest difference of a coordinate of the end of the first row of `invariants` and that of
+    plain flow from kappa w(0)."""
     differences = {}
     for depth, kind in itertools.product(depths, ("swn", "ewn")):
         run, _ = runs[depth, kind]
@@ -280,6 +280,26 @@ def flow_errors(datas, alphas, eta=0.1, backend="wnkernels", bar=iter):
         ends = [flow_end(data, constant_start([alpha])[0], 2, kind, eta, backend=backend)[0] for data in datas]
         errors[kind, alpha] = np.array([float(data.error(w[:SIZE] ** 2 - w[SIZE:] ** 2))
                                         for data, w in zip(datas, ends)])
+    return errors
+
+
+def phase_diagram(measurements, sparsities, alphas, etas, seeds, steps, device="cpu"):
+    """SWN and plain descent of all combinations as one batch each, depth 2.
+
+    Returns: kind -> errors, of shape (len(measurements), len(sparsities), len(alphas), len(etas), len(seeds)).
+    """
+    combinations = list(itertools.product(measurements, sparsities, alphas, etas, seeds))
+    datas = [problem(seed, m, s) for m, s, _, _, seed in combinations]
+    # An instance of fewer measurements has rows of zeros.
+    columns = [data.A for data in datas], [data.y for data in datas]
+    A, y = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in columns)
+    start = constant_start([alpha for _, _, alpha, _, _ in combinations]).to(device)
+    eta = [eta for _, _, _, eta, _ in combinations]
+    shape = [len(values) for values in (measurements, sparsities, alphas, etas, seeds)]
+    errors = {}
+    for kind in ("swn", None):
+        signals = descend(A, y, start, 2, kind, LR, eta, steps).signal.cpu()
+        errors[kind] = np.reshape([float(data.error(x)) for data, x in zip(datas, signals)], shape)
     return errors
 
 
@@ -399,6 +419,20 @@ def _recovery_claims(options):
                     "hardly", ", ".join(f"{g:.0%}" for g in gains), "<= 15%", bool((gains <= 0.15).all()), *times)
 
 
+def _phase_claims(options):
+    measurements, sparsities = (10, 20, 30, 40), (1, 2, 4, 8)
+    alphas, etas = (1e-3, 1e-2, 0.1, 0.3), (0.03, 0.1, 0.3, 1.0)
+    with options.clock() as clock:
+        errors = phase_diagram(measurements, sparsities, alphas, etas, range(16), STEPS // 2, options.device)
+    options.results["chou_phase"] = errors
+    for i, alpha in enumerate(alphas):
+        found = {kind: (values[:, :, i] <= 1e-2).mean((0, 1, 3)) for kind, values in errors.items()}
+        yield Claim(f"P4-5 alpha={alpha:g}", "10 to 40 measurements, 1 to 8 entries, 16 seeds: share recovered to "
+                    f"1e-2, SWN with ratio {', '.join(map(str, etas))}; plain", "SWN > plain",
+                    f"{', '.join(f'{share:.0%}' for share in found['swn'])}; {found[None][0]:.0%}", "reported", None,
+                    clock.seconds)
+
+
 def _endpoint_claims(options):
     if options.wants("P4-7"):
         run = options.measure(equal_rates, problem(0), (2,) if options.small else (2, 3))
@@ -420,6 +454,8 @@ def claims(options):
                       (("P4-4", "P4-5", "P4-6", "P4-8"), _recovery_claims), (("P4-7", "P4-9"), _endpoint_claims)):
         if options.wants(*ids):
             yield from part(options)
+    if options.full and options.wants("P4-5"):
+        yield from _phase_claims(options)
 
 
 def figures(results, folder):

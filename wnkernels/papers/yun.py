@@ -357,8 +357,8 @@ def _conv_claims(options):
             free = [row["residual"] for row in run.value if row["frequencies"] > 1]
             worst, sparse = max(free, default=0.0), len(run.value) - len(free)
             yield Claim(name, f"convolutional L = 3, d = 4, 3 examples: the limit is a stationary point; worst "
-                        f"residual of {len(free)}, the other {sparse} of one frequency", 0.0, worst, "<= 1e-2", worst <= 1e-2,
-                        run.seconds, run.torch_seconds)
+                        f"residual of {len(free)}, the other {sparse} of one frequency", 0.0, worst, "<= 1e-2",
+                        worst <= 1e-2, run.seconds, run.torch_seconds)
 
 
 def _singular_claims(options):
