@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from wnkernels.papers import wan
+from wnkernels.papers.claims import Options
 from wnkernels.theory import spherical
 
 
@@ -114,6 +115,16 @@ def test_batchnorm_is_kind_unit():
     for name in ours:
         np.testing.assert_allclose(ours[name].norm, theirs[name].norm, rtol=2e-3)
         np.testing.assert_allclose(ours[name].angle, theirs[name].angle, rtol=2e-2)
+
+
+def test_claims_follow_the_measurement(monkeypatch):
+    """The verdict is computed: with another prediction the same run fails."""
+    options = Options(only=frozenset({"P3-2"}))
+    (claim,) = wan.claims(options)
+    assert claim.holds is True and claim.id == "P3-2"
+    monkeypatch.setattr(spherical, "exact_equilibrium_angle", spherical.equilibrium_angle)
+    (claim,) = wan.claims(options)
+    assert claim.holds is False
 
 
 def test_growth():
