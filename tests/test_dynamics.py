@@ -30,7 +30,7 @@ def randn(*shape):
     return torch.randn(shape, dtype=F64)
 
 
-# --------------------------------------------------------------------------------------------------------------- flows
+# ------------------------------------------------------------------------------------------------------ flows
 
 
 def quadratic(shape):
@@ -80,29 +80,35 @@ def test_a_stiff_method_and_plain_flow():
     assert flow.radius is None and flow.direction is None
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"kind": "unit"}, "kind must be"),
-    ({"t": -1.0}, "t must be"),
-    ({"t": [0.0, 1.0, 1.0]}, "t must be"),
-    ({"norm": 0.0}, "norm must be"),
-    ({"radius_rate": 0.0}, "radius_rate must be"),
-    ({"dim": 2}, "dim must be"),
-    ({"w0": torch.zeros(2, 3)}, "zero row"),
-    ({"w0": torch.full((2, 3), math.nan)}, "finite"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "unit"}, "kind must be"),
+        ({"t": -1.0}, "t must be"),
+        ({"t": [0.0, 1.0, 1.0]}, "t must be"),
+        ({"norm": 0.0}, "norm must be"),
+        ({"radius_rate": 0.0}, "radius_rate must be"),
+        ({"dim": 2}, "dim must be"),
+        ({"w0": torch.zeros(2, 3)}, "zero row"),
+        ({"w0": torch.full((2, 3), math.nan)}, "finite"),
+    ],
+)
 def test_polar_flow_refuses(change, message):
     arguments = {"gradient": lambda w: w, "w0": randn(2, 3), "t": 1.0, "kind": "swn"} | change
     with pytest.raises(ValueError, match=message):
         polar_flow(**arguments)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("loss, each", [
-    (losses.exponential, lambda m: torch.exp(-m)),
-    (losses.logistic, lambda m: torch.log1p(torch.exp(-m))),
-])
+@pytest.mark.parametrize(
+    "loss, each",
+    [
+        (losses.exponential, lambda m: torch.exp(-m)),
+        (losses.logistic, lambda m: torch.log1p(torch.exp(-m))),
+    ],
+)
 def test_margin_losses_against_autograd(loss, each):
     m = (3 * randn(4, 7)).requires_grad_()
     total = each(m).sum(-1)
@@ -136,13 +142,17 @@ def test_losses_far_beyond_underflow(scale):
     log_loss, gradient = losses.cross_entropy(f, torch.zeros(6, dtype=torch.int64), "sum")
     expected, slope = losses.logistic(scale + d)
     assert log_loss.item() == pytest.approx(expected.item(), rel=1e-14)
-    torch.testing.assert_close(gradient, torch.stack([slope, -slope], 1), rtol=max(1e-12, 1e-15 * scale), atol=0)
+    torch.testing.assert_close(
+        gradient, torch.stack([slope, -slope], 1), rtol=max(1e-12, 1e-15 * scale), atol=0
+    )
 
 
 def test_losses_of_hopeless_examples_are_finite():
     m = torch.tensor([-1e4, 1e4, 0.0], dtype=F64)
     log_loss, gradient = losses.logistic(m)
-    assert log_loss.item() == pytest.approx(math.log(1e4 + math.log(2)), rel=1e-12) and gradient.isfinite().all()
+    assert (
+        log_loss.item() == pytest.approx(math.log(1e4 + math.log(2)), rel=1e-12) and gradient.isfinite().all()
+    )
     log_loss, gradient = losses.exponential(m)
     assert log_loss.item() == 1e4 and gradient.isfinite().all()
 
@@ -174,7 +184,7 @@ def test_losses_refuse():
         losses.cross_entropy(randn(4, 3), torch.zeros(4, dtype=torch.int64), "none")
 
 
-# ------------------------------------------------------------------------------------------------------------ descents
+# --------------------------------------------------------------------------------------------------- descents
 
 
 @pytest.mark.parametrize("retraction", ["project", "renormalize"])
@@ -188,7 +198,9 @@ def test_backends_take_the_same_steps(retraction, dims):
         grads = [randn(*w.shape) for w in start]
         for point in (ours, theirs):
             point.step(grads, 0.05)
-    for a, b in zip((*ours.weights, *ours.radius, *ours.norm), (*theirs.weights, *theirs.radius, *theirs.norm)):
+    for a, b in zip(
+        (*ours.weights, *ours.radius, *ours.norm), (*theirs.weights, *theirs.radius, *theirs.norm)
+    ):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -244,9 +256,12 @@ def separable(E, n=6, d=3):
 def test_many_instances_are_each_alone(kind, backend):
     log_domain, start = separable(5), randn(5, 3)
     options = dict(lr=0.1, lr_cap=1.0, frac=8, stop=-20.0, max_steps=2000)
-    many = normalized_descent(log_domain, polar_weights([start], kind, instances=5, backend=backend), **options)
+    many = normalized_descent(
+        log_domain, polar_weights([start], kind, instances=5, backend=backend), **options
+    )
     assert many.reached.all() and (many.log_loss <= -20).all()
     for i in range(5):
+
         def alone(weights):
             log_loss, grads = log_domain(weights)
             return log_loss[0], grads
@@ -259,8 +274,15 @@ def test_many_instances_are_each_alone(kind, backend):
 def test_the_loss_falls_at_every_accepted_step_and_levels_are_kept():
     log_domain, seen = separable(1), []
     run = normalized_descent(
-        log_domain, polar_weights([randn(1, 3)], "ewn"), lr=0.5, lr_cap=50.0, frac=0, stop=-40.0, max_steps=5000,
-        levels=(-10.0, -30.0), callback=lambda step, log_loss, point, grads: seen.append((step, log_loss.item())),
+        log_domain,
+        polar_weights([randn(1, 3)], "ewn"),
+        lr=0.5,
+        lr_cap=50.0,
+        frac=0,
+        stop=-40.0,
+        max_steps=5000,
+        levels=(-10.0, -30.0),
+        callback=lambda step, log_loss, point, grads: seen.append((step, log_loss.item())),
     )
     steps, values = zip(*seen)
     assert run.reached and steps[0] == 0 and list(values) == sorted(values, reverse=True)
@@ -273,14 +295,18 @@ def test_the_loss_falls_at_every_accepted_step_and_levels_are_kept():
 
 def test_patience_ends_what_cannot_fall():
     bowl = objective(lambda w: (w[0].square().sum() + 1).log()[None], lambda f: (f[0], torch.ones_like(f)))
-    run = normalized_descent(bowl, polar_weights([randn(2, 2)], None), lr=0.1, lr_cap=1.0, frac=0, stop=-5.0, patience=50)
+    run = normalized_descent(
+        bowl, polar_weights([randn(2, 2)], None), lr=0.1, lr_cap=1.0, frac=0, stop=-5.0, patience=50
+    )
     assert not run.reached and run.steps < 1000
 
 
 def test_descent_refuses():
     log_domain = separable(1)
     for change, message in (
-        ({"frac": 0.5}, "frac must be"), ({"lr": 0.0}, "lr must be"), ({"levels": (-1.0,)}, "levels must be empty"),
+        ({"frac": 0.5}, "frac must be"),
+        ({"lr": 0.0}, "lr must be"),
+        ({"levels": (-1.0,)}, "levels must be empty"),
     ):
         E = 2 if "levels" in change else 1
         point = polar_weights([randn(E, 3)], "swn", instances=E)
@@ -289,11 +315,17 @@ def test_descent_refuses():
                 separable(E), point, **({"lr": 0.1, "lr_cap": 1.0, "frac": 0, "stop": -1.0} | change)
             )
     with pytest.raises(ValueError, match="one log L for each of 3 instances"):
-        normalized_descent(log_domain, polar_weights([randn(3, 3)], "swn", instances=3), lr=1, lr_cap=1, frac=0, stop=-1)
+        normalized_descent(
+            log_domain, polar_weights([randn(3, 3)], "swn", instances=3), lr=1, lr_cap=1, frac=0, stop=-1
+        )
     for change, message in (
-        ({"kind": "unit"}, "kind must be"), ({"backend": "jax"}, "backend must be"), ({"norm": -1.0}, "norm must be"),
-        ({"retraction": "geodesic", "backend": "torch"}, "retraction must be"), ({"instances": 2}, "instances=2"),
-        ({"telemetry": True, "backend": "torch"}, "telemetry must be"), ({"dims": [0, 0]}, "one entry for each"),
+        ({"kind": "unit"}, "kind must be"),
+        ({"backend": "jax"}, "backend must be"),
+        ({"norm": -1.0}, "norm must be"),
+        ({"retraction": "geodesic", "backend": "torch"}, "retraction must be"),
+        ({"instances": 2}, "instances=2"),
+        ({"telemetry": True, "backend": "torch"}, "telemetry must be"),
+        ({"dims": [0, 0]}, "one entry for each"),
     ):
         with pytest.raises(ValueError, match=message):
             polar_weights([randn(3, 2)], **({"kind": "swn"} | change))
@@ -312,7 +344,12 @@ def test_xor_from_the_public_interface(kind, share):
     x, y, out, w = (torch.tensor(data[key], dtype=F64) for key in ("x", "y", "output_weights", "w1"))
     fall = objective(lambda w: y * (torch.relu(x @ w[0].T) @ out), losses.logistic)
     run = normalized_descent(
-        fall, polar_weights([w], kind), lr=data["lr"], lr_cap=data["lr_cap"][kind], frac=data["frac"][kind], stop=-50
+        fall,
+        polar_weights([w], kind),
+        lr=data["lr"],
+        lr_cap=data["lr_cap"][kind],
+        frac=data["frac"][kind],
+        stop=-50,
     )
     square = run.weights[0].square().sum(1)
     assert run.reached and share[0] <= (square.topk(4).values.sum() / square.sum()).item() <= share[1]
@@ -338,7 +375,7 @@ def test_stages_divide_the_rate_and_rescale():
         multi_stage(optimizer, [3, 2])
 
 
-# ---------------------------------------------------------------------------------------------------- models, pruning
+# -------------------------------------------------------------------------------------------- models, pruning
 
 
 @pytest.mark.parametrize("activation, expected", [("relu", 3), ("relu2", 7), ("linear", 3)])
@@ -366,10 +403,13 @@ def test_a_convolutional_net_is_homogeneous_and_seeded():
     torch.testing.assert_close(net(x), before * 8, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: (homogeneous.mlp([5, 7, 4, 3], bias=True, dtype=F64), randn(6, 5)),
-    lambda: (homogeneous.convnet([2, 4, 3], 5, (2,), image=6, dtype=F64), randn(3, 2, 6, 6)),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (homogeneous.mlp([5, 7, 4, 3], bias=True, dtype=F64), randn(6, 5)),
+        lambda: (homogeneous.convnet([2, 4, 3], 5, (2,), image=6, dtype=F64), randn(3, 2, 6, 6)),
+    ],
+)
 def test_normalization_preserves_the_function(make):
     net, x = make()
     expected = net(x)
@@ -406,7 +446,10 @@ def test_the_whole_vector_learns_with_one_radius():
 @pytest.mark.parametrize("kind", [None, "swn", "ewn"])
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_pruned_nets_are_the_masked_ones(kind, per):
-    net, x = homogeneous.normalize(homogeneous.mlp([5, 9, 4, 3], bias=True, dtype=F64), kind, per), randn(6, 5)
+    net, x = (
+        homogeneous.normalize(homogeneous.mlp([5, 9, 4, 3], bias=True, dtype=F64), kind, per),
+        randn(6, 5),
+    )
     with torch.no_grad():
         net[0].bias.normal_()
     for first, second, width in ((0, 2, 9), (2, 4, 4)):
@@ -418,7 +461,12 @@ def test_pruned_nets_are_the_masked_ones(kind, per):
             h = module(h) * mask if i == second - 1 else module(h)
         small = pruning.prune(net, first, second, keep)
         torch.testing.assert_close(small(x), h, rtol=1e-12, atol=1e-13)
-        assert small[first].weight.shape[0] == small[second].weight.shape[1] == len(keep) == small[first].out_features
+        assert (
+            small[first].weight.shape[0]
+            == small[second].weight.shape[1]
+            == len(keep)
+            == small[first].out_features
+        )
         assert type(small[first]) is type(net[first])
 
 
@@ -429,7 +477,10 @@ def test_pruned_filters_before_a_linear_layer():
     h[:, [1, 3, 4]] = 0
     small = pruning.prune(net, 3, 7, keep)
     torch.testing.assert_close(small(x), net[5:](h), rtol=1e-12, atol=1e-13)
-    for wrong, message in ((torch.tensor([6]), "keep must be"), (torch.tensor([], dtype=torch.int64), "keep must be")):
+    for wrong, message in (
+        (torch.tensor([6]), "keep must be"),
+        (torch.tensor([], dtype=torch.int64), "keep must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             pruning.prune(net, 3, 7, wrong)
     with pytest.raises(TypeError, match="second must be"):
@@ -437,26 +488,37 @@ def test_pruned_filters_before_a_linear_layer():
 
 
 def test_scores():
-    before, after = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 3.0], [0.0, 1.0]])
+    before, after = (
+        torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]]),
+        torch.tensor([[3.0, 4.0], [0.0, 3.0], [0.0, 1.0]]),
+    )
     assert pruning.norms(after).tolist() == [5, 3, 1] and pruning.growth(after, before).tolist() == [0, 2, -1]
     assert pruning.largest(pruning.growth(after, before), 1 / 3).tolist() == [1]
     with pytest.raises(ValueError, match="fraction"):
         pruning.largest(torch.ones(3), 0.0)
 
 
-# -------------------------------------------------------------------------------------------------------------- record
+# ----------------------------------------------------------------------------------------------------- record
 
 
 def test_a_recorder_keeps_a_tidy_table(tmp_path):
     recorder = Recorder(every=3, names=["first"])
     log_domain = separable(1)
     run = normalized_descent(
-        log_domain, polar_weights([randn(1, 3)], "ewn"), lr=0.1, lr_cap=1.0, frac=4, stop=-15.0, callback=recorder
+        log_domain,
+        polar_weights([randn(1, 3)], "ewn"),
+        lr=0.1,
+        lr_cap=1.0,
+        frac=4,
+        stop=-15.0,
+        callback=recorder,
     )
     table = recorder.table()
     assert list(table[0]) == ["step", "log_loss", "weight", "row", "quantity", "value"]
     steps, norms = recorder.series("norm", "first")
-    assert steps[0] == 0 and norms.shape == (len(steps), 1) and norms[-1] <= run.weights[0].norm().item() + 1e-12
+    assert (
+        steps[0] == 0 and norms.shape == (len(steps), 1) and norms[-1] <= run.weights[0].norm().item() + 1e-12
+    )
     np.testing.assert_allclose(recorder.series("product")[1], norms * recorder.series("gradient_norm")[1])
     recorder.plot(tmp_path / "plot.png", "norm", "direction_norm")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -50,12 +50,16 @@ def fake(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("verdicts, code", [((True, True), 0), ((True, None), 0), ((True, False, None), 1), ((False,), 1)])
+@pytest.mark.parametrize(
+    "verdicts, code", [((True, True), 0), ((True, None), 0), ((True, False, None), 1), ((False,), 1)]
+)
 def test_the_exit_code_is_the_verdict(fake, capsys, verdicts, code):
     fake(*verdicts)
     assert command.main([]) == code
     out = capsys.readouterr().out
-    assert f"{verdicts.count(True)} hold, {verdicts.count(False)} do not, {verdicts.count(None)} report" in out
+    assert (
+        f"{verdicts.count(True)} hold, {verdicts.count(False)} do not, {verdicts.count(None)} report" in out
+    )
     assert max(map(len, out.splitlines())) <= 160
 
 
@@ -66,14 +70,22 @@ def test_what_is_written(fake, tmp_path, capsys):
     with open(tmp_path / "claims.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["id"], r["holds"]) for r in rows] == [("P0-0", "yes"), ("P0-1", "NO"), ("P0-2", "report")]
-    assert float(rows[0]["measured"]) == 0.12345678 and rows[0]["backend"] == "both" and rows[0]["device"] == "cpu"
+    assert (
+        float(rows[0]["measured"]) == 0.12345678
+        and rows[0]["backend"] == "both"
+        and rows[0]["device"] == "cpu"
+    )
     assert float(rows[0]["seconds"]) >= 0 and float(rows[0]["torch_seconds"]) >= 0
     assert (tmp_path / "figure.png").read_text() == "wnkernels"  # the values are of our kernels
-    # Rows of papers that do not run stay, and those of one that runs are replaced.
-    claims.write_csv(tmp_path / "claims.csv", [{**rows[0], **other}, rows[0]])
+    # Rows of claims that do not run stay, and those of one that runs are replaced.
+    claims.write_csv(tmp_path / "claims.csv", [{**rows[0], **other}, rows[0], rows[1]])
     assert command.main(["--out", str(tmp_path), "--claims", "P0-1"]) == 1
     with open(tmp_path / "claims.csv", newline="") as file:
-        assert [(r["paper"], r["id"]) for r in csv.DictReader(file)] == [("morwani", "P0-1"), ("chou", "P4-1")]
+        assert [(r["paper"], r["id"]) for r in csv.DictReader(file)] == [
+            ("morwani", "P0-0"),
+            ("morwani", "P0-1"),
+            ("chou", "P4-1"),
+        ]
 
 
 def test_pure_torch_alone_has_no_time_of_ours(fake, tmp_path):
@@ -87,7 +99,10 @@ def test_pure_torch_alone_has_no_time_of_ours(fake, tmp_path):
 
 def test_wrong_arguments(fake, capsys):
     assert command.main(["einstein"]) == 2
-    assert "paper must be one of 'morwani', 'yun', 'kumar', 'wan', 'chou', got 'einstein'" in capsys.readouterr().err
+    assert (
+        "paper must be one of 'morwani', 'yun', 'kumar', 'wan', 'chou', got 'einstein'"
+        in capsys.readouterr().err
+    )
     fake(True)
     assert command.main(["--claims", "P0-77"]) == 2
     assert "no claim 'P0-77'" in capsys.readouterr().err
@@ -110,16 +125,19 @@ def test_the_list_names_all_papers(capsys):
 def test_published_recipes():
     for name in ("conv_rate_1layer", "linsep", "xor"):
         assert "authors" in read_data(name)["source"]
-    with pytest.raises(ValueError, match="name must be one of 'conv_rate_1layer', 'linsep', 'xor', got 'mnist'"):
+    with pytest.raises(
+        ValueError, match="name must be one of 'conv_rate_1layer', 'linsep', 'xor', got 'mnist'"
+    ):
         read_data("mnist")
 
 
-# --------------------------------------------------------------------------------------------------- predictions of P0
+# ------------------------------------------------------------------------------------------ predictions of P0
 
 
 @pytest.mark.parametrize("margin", [5.0, 20.0, 50.0])
 def test_rates_are_those_of_the_flows(margin):
-    """Against dt/dw integrated step by step from w = 1; t there is 0, and for EWN the antiderivative Ei(1) - e."""
+    """Against dt/dw integrated step by step from w = 1; t there is 0, and for EWN the antiderivative Ei(1) -
+    e."""
 
     def time(slope):
         return solve_ivp(slope, (1.0, margin), [0.0], rtol=1e-11, atol=1e-13).y[0, -1]
@@ -144,7 +162,7 @@ def test_trajectories_conserve_their_invariant():
     assert bounded.sum() == 1 and limits[bounded] == pytest.approx(w[bounded], rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ claims of P0
+# ----------------------------------------------------------------------------------------------- claims of P0
 
 QUICK = ("P0-1", "P0-2", "P0-3", "P0-4", "P0-6", "P0-7")
 
@@ -155,12 +173,19 @@ def test_claims_of_seconds_hold(name):
     assert found and {claim.id for claim in found} == {name}
     for claim in found:
         assert claim.holds is (None if name == "P0-7" else True), claim
-        assert [f.name for f in dataclasses.fields(claim) if getattr(claim, f.name) is None] in ([], ["holds"])
+        assert [f.name for f in dataclasses.fields(claim) if getattr(claim, f.name) is None] in (
+            [],
+            ["holds"],
+        )
 
 
 def test_an_experiment_that_is_wrong_does_not_hold(monkeypatch):
     """The verdicts come from the measurement."""
-    monkeypatch.setattr(morwani, "gradient_errors", lambda device: dict.fromkeys(("differences", "float32", "orthogonal"), 1.0))
+    monkeypatch.setattr(
+        morwani,
+        "gradient_errors",
+        lambda device: dict.fromkeys(("differences", "float32", "orthogonal"), 1.0),
+    )
     monkeypatch.setattr(morwani, "step_errors", lambda *args, backend: math.nan)
     found = list(morwani.claims(claims.Options(small=True, only=frozenset({"P0-1", "P0-2"}))))
     assert len(found) == 5 and all(claim.holds is False for claim in found)

@@ -5,5 +5,17 @@ from .descent import multi_stage, normalized_descent, objective, polar_weights
 from .flow import polar_flow, weight_flow
 from .record import Recorder
 
-__all__ = ["Recorder", "descent", "flow", "losses", "multi_stage", "normalized_descent", "objective", "polar_flow",
-           "polar_weights", "pruning", "record", "weight_flow"]
+__all__ = [
+    "Recorder",
+    "descent",
+    "flow",
+    "losses",
+    "multi_stage",
+    "normalized_descent",
+    "objective",
+    "polar_flow",
+    "polar_weights",
+    "pruning",
+    "record",
+    "weight_flow",
+]

@@ -3,11 +3,13 @@
     point = polar_weights(weights, kind="ewn")                       # our kernels, or the same in pure torch
     run = normalized_descent(objective(forward, loss), point, lr=0.01, lr_cap=0.1, frac=5, stop=-50)
 
-`normalized_descent` is the training loop of Morwani and Ramaswamy (arXiv:2010.12909, published code): a step has the
-rate lr L^(1/frac - 1); where the loss does not fall the step is undone, bit for bit, and lr is lowered.
+`normalized_descent` is the training loop of Morwani and Ramaswamy (arXiv:2010.12909, published code): a step
+has the rate lr L^(1/frac - 1); where the loss does not fall the step is undone, bit for bit, and lr is
+lowered.
 
-Many instances of one small problem are one problem: their neurons are the rows of one weight. With ``instances=E`` the
-first R/E rows of each weight belong to the first instance, and so on; each has its own rate and its own verdict.
+Many instances of one small problem are one problem: their neurons are the rows of one weight. With
+``instances=E`` the first R/E rows of each weight belong to the first instance, and so on; each has its own
+rate and its own verdict.
 """
 
 import math
@@ -20,21 +22,29 @@ from torch import Tensor
 from .. import functional
 from .. import nn as layers
 
-__all__ = ["Descent", "PolarWeights", "TorchWeights", "multi_stage", "normalized_descent", "objective", "polar_weights"]
+__all__ = [
+    "Descent",
+    "PolarWeights",
+    "TorchWeights",
+    "multi_stage",
+    "normalized_descent",
+    "objective",
+    "polar_weights",
+]
 
 KINDS = (None, "swn", "ewn")
 GAIN = 1e-3  # what log L must fall by in `patience` steps
 RETRACTIONS = {"wnkernels": ("project", "renormalize", "geodesic"), "torch": ("project", "renormalize")}
 
 
-# ------------------------------------------------------------------------------------------------ weights and one step
+# --------------------------------------------------------------------------------------- weights and one step
 
 
 class PolarWeights:
     """Weights with their polar coordinates, stepped by the fused polar step. `polar_weights` makes one.
 
-    weights: the weights w, which keep their identity. radius, norm: for each (R,) float64, g or alpha and |v|; None for
-    a plain weight. telemetry: for each (R, 5) as of `functional.polar_sgd_`, or None.
+    weights: the weights w, which keep their identity. radius, norm: for each (R,) float64, g or alpha and
+    |v|; None for a plain weight. telemetry: for each (R, 5) as of `functional.polar_sgd_`, or None.
     """
 
     def __init__(self, weights, kinds, dims, norm, radius_lr_ratio, retraction, instances, telemetry) -> None:
@@ -56,12 +66,16 @@ class PolarWeights:
         self._saved = None
 
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
-        """One step of gradient descent. grads: dL/dw of each weight. lr: a number, or (E,) for E instances."""
+        """One step of descent. grads: dL/dw of each weight. lr: a number, or (E,) for E instances."""
         for kind, indices in self._calls.items():
             if kind is None:
                 for i in indices:
-                    self.weights[i].sub_(grads[i] * _as_factor(_rates(lr, grads[i], self.instances), grads[i]))
-            elif isinstance(lr, Tensor) and lr.numel() > 1:  # the kernel takes rates of rows beside one weight
+                    self.weights[i].sub_(
+                        grads[i] * _as_factor(_rates(lr, grads[i], self.instances), grads[i])
+                    )
+            elif (
+                isinstance(lr, Tensor) and lr.numel() > 1
+            ):  # the kernel takes rates of rows beside one weight
                 for i in indices:
                     self._polar(kind, [i], grads, _rates(lr, grads[i], self.instances))
             else:
@@ -73,8 +87,15 @@ class PolarWeights:
 
         telemetry = pick(self.telemetry)
         functional.polar_sgd_(
-            pick(self.weights), [grads[i].contiguous() for i in indices], pick(self.radius), pick(self.norm), kind=kind,
-            dims=pick(self.dims), lr=lr, radius_lr=lr * self.radius_lr_ratio, retraction=self.retraction,
+            pick(self.weights),
+            [grads[i].contiguous() for i in indices],
+            pick(self.radius),
+            pick(self.norm),
+            kind=kind,
+            dims=pick(self.dims),
+            lr=lr,
+            radius_lr=lr * self.radius_lr_ratio,
+            retraction=self.retraction,
             telemetry=None if telemetry[0] is None else telemetry,
         )
 
@@ -86,7 +107,7 @@ class PolarWeights:
         self._saved = [x.clone() for x in self._state()]
 
     def rollback(self, instances: Tensor | None = None) -> None:
-        """Puts everything, or the instances where the (E,) bool tensor is true, back to the snapshot, bit for bit.
+        """Puts everything, or the instances where the (E,) bool tensor is true, back to the snapshot.
 
         Raises: RuntimeError without a snapshot.
         """
@@ -100,7 +121,7 @@ class PolarWeights:
 
 
 class TorchWeights(PolarWeights):
-    """The same in pure torch: w = g v/|v| or e^alpha v/|v|, its gradients by autograd, and plain descent on them.
+    """The same in pure torch: w = g v/|v| or e^alpha v/|v|, autograd, and plain descent on both.
 
     weights, radius and norm are those after the last step, as new tensors; there is no telemetry.
     """
@@ -114,7 +135,9 @@ class TorchWeights(PolarWeights):
                 continue
             shape = layers.radius_shape(w, dim)
             v = w / _length(w, dim) * norm.to(w.dtype).reshape(shape)
-            self._leaves.append([radius.to(w.dtype).reshape(shape).clone().requires_grad_(), v.requires_grad_()])
+            self._leaves.append(
+                [radius.to(w.dtype).reshape(shape).clone().requires_grad_(), v.requires_grad_()]
+            )
         self._compute()
 
     @torch.enable_grad()
@@ -172,7 +195,9 @@ def _choose(condition: Tensor, x: Tensor, y: Tensor, **out) -> Tensor:
 
 
 def _length(v: Tensor, dim: int | None) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=tuple(i for i in range(v.ndim) if i != dim), keepdim=dim is not None)
+    return torch.linalg.vector_norm(
+        v, dim=tuple(i for i in range(v.ndim) if i != dim), keepdim=dim is not None
+    )
 
 
 def polar_weights(
@@ -201,8 +226,8 @@ def polar_weights(
         telemetry: keep what the steps report; our kernels only.
         backend: "wnkernels", or "torch" for the same in pure torch.
 
-    Raises: TypeError for weights that are not tensors of these dtypes, ValueError for any other argument that is not
-    as above, and for a row that is zero or not finite and so has no direction.
+    Raises: TypeError for weights that are not tensors of these dtypes, ValueError for any other argument that
+    is not as above, and for a row that is zero or not finite and so has no direction.
     """
     if backend not in RETRACTIONS:
         raise ValueError(f"backend must be 'wnkernels' or 'torch', got {backend!r}")
@@ -219,17 +244,23 @@ def polar_weights(
     kinds = list(kind) if isinstance(kind, (list, tuple)) else [kind] * len(weights)
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims] * len(weights)
     if not len(weights) == len(kinds) == len(dims):
-        raise ValueError(f"kind and dims must have one entry for each of {len(weights)} weights, got {len(kinds)} and "
-                         f"{len(dims)}")
+        raise ValueError(
+            f"kind and dims must have one entry for each of {len(weights)} weights, got {len(kinds)} and "
+            f"{len(dims)}"
+        )
     for i, (w, k) in enumerate(zip(weights, kinds)):
         if not isinstance(w, Tensor) or w.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"weights[{i}] must be a tensor of float32 or float64, got {getattr(w, 'dtype', type(w))}")
+            raise TypeError(
+                f"weights[{i}] must be a tensor of float32 or float64, got {getattr(w, 'dtype', type(w))}"
+            )
         if k not in KINDS:
             raise ValueError(f"kind must be 'swn', 'ewn' or None, got {k!r}")
         dims[i] = layers.check_dim(dims[i], w)
         if instances > 1 and (dims[i] != 0 or w.shape[0] % instances):
-            raise ValueError(f"instances={instances} must divide the rows of weights[{i}], of shape {tuple(w.shape)}, "
-                             f"and dims must be 0, got {dims[i]}")
+            raise ValueError(
+                f"instances={instances} must divide the rows of weights[{i}], of shape {tuple(w.shape)}, "
+                f"and dims must be 0, got {dims[i]}"
+            )
         length = functional.row_norm(w.detach(), dims[i]).reshape(-1)
         if k is not None and not ((length > 0) & length.isfinite()).all():
             raise ValueError(f"weights[{i}] must have no row that is zero or not finite: it has no direction")
@@ -238,7 +269,7 @@ def polar_weights(
     return made(copies, kinds, dims, norm, radius_lr_ratio, retraction, instances, telemetry)
 
 
-# ---------------------------------------------------------------------------------------------- the whole of a descent
+# ------------------------------------------------------------------------------------- the whole of a descent
 
 
 def objective(forward: Callable, loss: Callable) -> Callable:
@@ -262,8 +293,9 @@ def objective(forward: Callable, loss: Callable) -> Callable:
 class Descent:
     """What `normalized_descent` returns.
 
-    weights: at the end. log_loss: () or (E,) for E instances, that of these weights. reached: whether it is at or below
-    `stop`. steps: how many were tried, the undone ones included. lr: the last. All of the shape of log_loss.
+    weights: at the end. log_loss: () or (E,) for E instances, that of these weights. reached: whether it is
+    at or below `stop`. steps: how many were tried, the undone ones included. lr: the last. All of the shape
+    of log_loss.
     snapshots: level -> the weights when log L first was at or below it.
     """
 
@@ -289,23 +321,23 @@ def normalized_descent(
     levels: Sequence[float] = (),
     callback: Callable | None = None,
 ) -> Descent:
-    """Descent with the rate lr L^(1/frac - 1), of which lr grows with accepted steps and falls with undone ones.
+    """Descent with the rate lr L^(1/frac - 1), where lr grows with each accepted step and else falls.
 
     A step is accepted if the loss falls.
 
     Args:
         objective: list of weights -> (log L, [(dL/dw)/L]), with log L () or (E,) for E instances.
         point: where to start; stepped in place.
-        lr, lr_cap, factor: lr is multiplied by `factor` after an accepted step while it is below lr_cap, and divided
-            by it after an undone one.
+        lr, lr_cap, factor: lr is multiplied by `factor` after an accepted step while it is below lr_cap, and
+            divided by it after an undone one.
         frac: 0 for the rate lr/L.
         stop: the log L at which to end.
         max_steps: the most steps to try.
-        patience: give up, as a whole or an instance, where log L has fallen by less than 0.001 in this many steps; 0
-            for never.
+        patience: give up, as a whole or an instance, where log L has fallen by less than 0.001 in this many
+            steps; 0 for never.
         levels: values of log L at which the weights are kept; one instance only.
-        callback: (step, log L, point, gradients over L), called at the start, and after each step that was accepted;
-            with several instances after each step.
+        callback: (step, log L, point, gradients over L), called at the start, and after each step that was
+            accepted; with several instances after each step.
 
     Returns: a `Descent`.
 
@@ -319,18 +351,36 @@ def normalized_descent(
     if not log_loss.isfinite().all():
         raise ValueError(f"objective must be finite at the start, got log L = {log_loss}")
     if log_loss.shape not in ((), (point.instances,)) or (log_loss.ndim == 0 and point.instances > 1):
-        raise ValueError(f"objective must give one log L for each of {point.instances} instances, got shape "
-                         f"{tuple(log_loss.shape)}")
+        raise ValueError(
+            f"objective must give one log L for each of {point.instances} instances, got shape "
+            f"{tuple(log_loss.shape)}"
+        )
     if levels and log_loss.ndim:
         raise ValueError("levels must be empty for several instances")
     callback = callback or (lambda *_: None)
     callback(0, log_loss, point, grads)
     power = 1 / frac if frac else 0.0
     descend = _descend_many if log_loss.ndim else _descend_one
-    return descend(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback)
+    return descend(
+        objective,
+        point,
+        log_loss,
+        grads,
+        lr,
+        lr_cap,
+        power,
+        stop,
+        max_steps,
+        patience,
+        factor,
+        levels,
+        callback,
+    )
 
 
-def _descend_one(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback):
+def _descend_one(
+    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback
+):
     snapshots, pending = {}, sorted(levels, reverse=True)
     value, step = log_loss.item(), 0
     before = math.inf
@@ -353,10 +403,19 @@ def _descend_one(objective, point, log_loss, grads, lr, lr_cap, power, stop, max
             snapshots[pending.pop(0)] = [w.clone() for w in point.weights]
         callback(step, log_loss, point, grads)
     weights = [w.clone() for w in point.weights]
-    return Descent(weights, log_loss, log_loss <= stop, torch.tensor(step), torch.tensor(lr, dtype=torch.float64), snapshots)
+    return Descent(
+        weights,
+        log_loss,
+        log_loss <= stop,
+        torch.tensor(step),
+        torch.tensor(lr, dtype=torch.float64),
+        snapshots,
+    )
 
 
-def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, _, callback):
+def _descend_many(
+    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, _, callback
+):
     lr, steps = torch.full_like(log_loss, lr), torch.zeros_like(log_loss)
     active, before = log_loss > stop, torch.full_like(log_loss, math.inf)
     for step in range(max_steps):
@@ -373,7 +432,9 @@ def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, ma
         point.rollback(~accepted)
         log_loss = torch.where(accepted, new_log_loss, log_loss)
         grads = [_choose(accepted, new, old) for new, old in zip(new_grads, grads)]
-        lr = torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), torch.where(active, lr / factor, lr))
+        lr = torch.where(
+            accepted, torch.where(lr < lr_cap, lr * factor, lr), torch.where(active, lr / factor, lr)
+        )
         active &= log_loss > stop
         callback(step + 1, log_loss, point, grads)
     return Descent([w.clone() for w in point.weights], log_loss, log_loss <= stop, steps.long(), lr)
@@ -382,8 +443,9 @@ def _descend_many(objective, point, log_loss, grads, lr, lr_cap, power, stop, ma
 class multi_stage:
     """A schedule of several stages: at each milestone lr is divided by `factor`, in all groups.
 
-    With ``rescale`` the |v| of a polar optimizer, whose equilibrium is proportional to lr^(1/4), is divided by
-    factor^(1/4) at the same time, and its momentum buffers with it (Wan et al., arXiv:2006.08419, section 5).
+    With ``rescale`` the |v| of a polar optimizer, whose equilibrium is proportional to lr^(1/4), is divided
+    by factor^(1/4) at the same time, and its momentum buffers with it (Wan et al., arXiv:2006.08419, section
+    5).
 
     Args:
         optimizer: PolarSGD, PolarAdam or PolarAdamW; without ``rescale`` any of torch's.
@@ -395,12 +457,23 @@ class multi_stage:
     Raises: ValueError for an argument that is not as above.
     """
 
-    def __init__(self, optimizer, milestones: Sequence[int], factor: float = 10.0, *, rescale: bool = False) -> None:
+    def __init__(
+        self, optimizer, milestones: Sequence[int], factor: float = 10.0, *, rescale: bool = False
+    ) -> None:
         if not factor > 1 or sorted(set(milestones)) != list(milestones):
-            raise ValueError(f"factor must be above 1 and milestones increasing, got {factor} and {list(milestones)}")
+            raise ValueError(
+                f"factor must be above 1 and milestones increasing, got {factor} and {list(milestones)}"
+            )
         if rescale and not hasattr(optimizer, "rescale_direction"):
-            raise ValueError(f"optimizer must be a polar one for rescale=True, got {type(optimizer).__name__}")
-        self.optimizer, self.milestones, self.factor, self.rescale = optimizer, set(milestones), factor, rescale
+            raise ValueError(
+                f"optimizer must be a polar one for rescale=True, got {type(optimizer).__name__}"
+            )
+        self.optimizer, self.milestones, self.factor, self.rescale = (
+            optimizer,
+            set(milestones),
+            factor,
+            rescale,
+        )
         self.count = 0
 
     def step(self) -> None:

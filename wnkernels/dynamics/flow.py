@@ -1,16 +1,19 @@
 """Gradient flow, in polar coordinates and in w.
 
-With v the direction parameter of a row, n = |v|, theta = v/n, s = g (SWN) or e^alpha (EWN) and G = dL/dw, the flow is
+With v the direction parameter of a row, n = |v|, theta = v/n, s = g (SWN) or e^alpha (EWN) and G = dL/dw, the
+flow is
 
-    dg/dt = -eta_r <G, theta>  or  dalpha/dt = -eta_r s <G, theta>,    dv/dt = -eta_v (s/n) (G - <G, theta> theta)
+    dg/dt = -eta_r <G, theta>  or  dalpha/dt = -eta_r s <G, theta>,
+    dv/dt = -eta_v (s/n) (G - <G, theta> theta)
 
-with rates eta_r of the radius and eta_v of the direction; n stays what it is. The vector field comes from the kernels
-(`functional.weight_norm` and `functional.project_`), the time steps from scipy. In w, with m = s and c = n, it is
+with rates eta_r of the radius and eta_v of the direction; n stays what it is. The vector field comes from the
+kernels (`functional.weight_norm` and `functional.project_`), the time steps from scipy. In w, with m = s and
+c = n, it is
 
-    SWN  dw/dt = -[eta_r P + eta_v (m^2/c^2) (I - P)] G,    EWN  dw/dt = -m^2 [eta_r P + (eta_v/c^2) (I - P)] G
+    SWN  dw/dt = -[eta_r P + eta_v (m^2/c^2) (I - P)] G,  EWN  dw/dt = -m^2 [eta_r P + (eta_v/c^2) (I - P)] G
 
-where P projects on w (Morwani and Ramaswamy, arXiv:2010.12909, theorem 1, here with the rates and c). With c = 1 and
-equal rates the second is -|w|^2 G.
+where P projects on w (Morwani and Ramaswamy, arXiv:2010.12909, theorem 1, here with the rates and c). With c
+= 1 and equal rates the second is -|w|^2 G.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +35,11 @@ KINDS = ("swn", "ewn")
 class Flow:
     """A trajectory of T points; every entry is a list where the flow started from a list of tensors.
 
-    t: (T,) float64. weight: (T, *shape) float64. radius: (T, R) float64, g or alpha, () for R where dim is None, and
+    t: (T,) float64. weight: (T, *shape) float64. radius: (T, R) float64, g or alpha, () for R where dim is
+    None, and
     direction: (T, *shape), v; both None for a flow in w.
-    t_events: as scipy's, one array of times for each event. success, message, evaluations: scipy's, nfev for the last.
+    t_events: as scipy's, one array of times for each event. success, message, evaluations: scipy's, nfev for
+    the last.
     """
 
     t: Tensor
@@ -105,6 +110,7 @@ def _solve(field, y0, t, events, weights_of, single, method, rtol, atol, options
     if events is not None:
         wrapped = []
         for event in events if isinstance(events, (list, tuple)) else [events]:
+
             def ask(time, y, event=event):
                 weights = weights_of(y)
                 return float(event(time, weights[0] if single else weights))
@@ -115,10 +121,16 @@ def _solve(field, y0, t, events, weights_of, single, method, rtol, atol, options
 
 
 def _flow(solution, single, weight, radius=None, direction=None) -> Flow:
-    one = (lambda xs: xs if xs is None or not single else xs[0])
+    one = lambda xs: xs if xs is None or not single else xs[0]
     return Flow(
-        torch.tensor(solution.t), one(weight), one(radius), one(direction), solution.t_events, bool(solution.success),
-        solution.message, int(solution.nfev),
+        torch.tensor(solution.t),
+        one(weight),
+        one(radius),
+        one(direction),
+        solution.t_events,
+        bool(solution.success),
+        solution.message,
+        int(solution.nfev),
     )
 
 
@@ -141,8 +153,8 @@ def polar_flow(
     """Gradient flow of (g, v) or (alpha, v), from w0.
 
     Args:
-        gradient: w -> dL/dw, a float64 tensor each, or lists of them where w0 is a list. Any positive multiple is
-            allowed, which changes the time.
+        gradient: w -> dL/dw, a float64 tensor each, or lists of them where w0 is a list. Any positive
+            multiple is allowed, which changes the time.
         w0: the weight at time 0, or a list of weights; no row may be zero.
         t: the end, or the increasing times to report.
         kind: "swn" or "ewn".
@@ -173,7 +185,9 @@ def polar_flow(
         n = norm if isinstance(norm, (int, float)) else norm if isinstance(norm, Tensor) else norm[i]
         if not (torch.as_tensor(n) > 0).all():
             raise ValueError(f"norm must be positive, got {n}")
-        directions.append(functional.normalize_(w.clone(), d, n.double() if isinstance(n, Tensor) else float(n)))
+        directions.append(
+            functional.normalize_(w.clone(), d, n.double() if isinstance(n, Tensor) else float(n))
+        )
     packing = _Packing(radii + directions)
     count = len(weights)
 
@@ -191,7 +205,9 @@ def polar_flow(
             velocities.append(functional.project_(g, x, r, d, kind).mul_(-radius_rate))  # g becomes that of v
         return packing.pack(velocities + [g.mul_(-direction_rate) for g in grads])
 
-    solution = _solve(field, packing.pack(radii + directions), t, events, weights_of, single, method, rtol, atol, options)
+    solution = _solve(
+        field, packing.pack(radii + directions), t, events, weights_of, single, method, rtol, atol, options
+    )
     parts = packing.unpack_all(solution.y)
     radius, direction = parts[:count], parts[count:]
     weight = [
@@ -217,15 +233,17 @@ def weight_flow(
     events: Callable | Sequence[Callable] | None = None,
     **options,
 ) -> Flow:
-    """The flow of w itself: dw/dt = -G for ``kind=None``, else that which `polar_flow` induces (module docstring).
+    """The flow of w itself: dw/dt = -G for ``kind=None``, else that of `polar_flow`, seen in w.
 
-    It uses no kernel, so that it can be held against `polar_flow`. Arguments and result are those of `polar_flow`;
-    norm is one number, and for ``kind=None`` norm and the rates must be 1.
+    It uses no kernel, so that it can be held against `polar_flow`. Arguments and result are those of
+    `polar_flow`; norm is one number, and for ``kind=None`` norm and the rates must be 1.
     """
     if kind not in (None, *KINDS):
         raise ValueError(f"kind must be None, 'swn' or 'ewn', got {kind!r}")
     if kind is None and (norm, radius_rate, direction_rate) != (1.0, 1.0, 1.0):
-        raise ValueError("norm, radius_rate and direction_rate must be 1 for kind=None, which has no polar coordinates")
+        raise ValueError(
+            "norm, radius_rate and direction_rate must be 1 for kind=None, which has no polar coordinates"
+        )
     weights, single = _start(w0, dim)
     packing = _Packing(weights)
 
@@ -244,5 +262,7 @@ def weight_flow(
         w = packing.unpack(y)
         return packing.pack([velocity(x, g) for x, g in zip(w, _gradient(gradient, w, single))])
 
-    solution = _solve(field, packing.pack(weights), t, events, packing.unpack, single, method, rtol, atol, options)
+    solution = _solve(
+        field, packing.pack(weights), t, events, packing.unpack, single, method, rtol, atol, options
+    )
     return _flow(solution, single, packing.unpack_all(solution.y))

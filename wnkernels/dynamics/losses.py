@@ -3,9 +3,10 @@
     log_loss, gradient = exponential(margins)           # gradient_i = (dL/dm_i)/L
     log_loss, gradient = cross_entropy(logits, target)  # gradient = (dL/dlogits)/L
 
-Where a loss is below 1e-300 neither it nor its gradient is a number of float64, but log L and the gradient over L are.
-All functions are right at log L = -1e4 and beyond, in the dtype of their input; use float64. A model's gradient over L
-is then that of ``outputs.backward(gradient)``: `model_gradient` and `streamed_gradient` do that.
+Where a loss is below 1e-300 neither it nor its gradient is a number of float64, but log L and the gradient
+over L are. All functions are right at log L = -1e4 and beyond, in the dtype of their input; use float64. A
+model's gradient over L is then that of ``outputs.backward(gradient)``: `model_gradient` and
+`streamed_gradient` do that.
 """
 
 import math
@@ -107,7 +108,8 @@ def streamed_gradient(
 ) -> Tensor:
     """As `model_gradient`, of the sum of the losses of batches (x, target), one batch in memory at a time.
 
-    Batches are summed against a running log-loss, so nothing over- or underflows. `loss` gets (outputs, target).
+    Batches are summed against a running log-loss, so nothing over- or underflows. `loss` gets (outputs,
+    target).
 
     Returns: log L. The parameters' ``grad`` is replaced.
 

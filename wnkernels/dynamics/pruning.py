@@ -3,8 +3,8 @@
     keep = largest(norms(net[0]), fraction=0.2)
     small = prune(net, 0, 2, keep)
 
-The scores are those of Morwani and Ramaswamy (arXiv:2010.12909, section 6): the norm of a neuron's incoming weight at
-the end of training, or how much it has grown since an earlier time.
+The scores are those of Morwani and Ramaswamy (arXiv:2010.12909, section 6): the norm of a neuron's incoming
+weight at the end of training, or how much it has grown since an earlier time.
 """
 
 import copy
@@ -31,7 +31,7 @@ def growth(layer: nn.Module | Tensor, earlier: nn.Module | Tensor) -> Tensor:
 
 
 def largest(scores: Tensor, fraction: float) -> Tensor:
-    """The indices of the rows to keep, in order: all but the round((1 - fraction) R) with the smallest scores.
+    """The rows to keep, in order: all but the round((1 - fraction) R) with the smallest scores.
 
     Raises: ValueError unless 0 < fraction <= 1.
     """
@@ -47,13 +47,14 @@ def prune(model: nn.Sequential, first: int, second: int, keep: Tensor) -> nn.Seq
 
     Args:
         model: layers and activations.
-        first, second: the positions of the layer that is pruned, Linear or Conv2d, and of the next one, which reads it.
+        first, second: the positions of the layer that is pruned, Linear or Conv2d, and of the next one, which
+            reads it.
         keep: (K,) int64, the rows of the first layer to keep.
 
     Returns: a new model, whose layers are of the old kinds; their v keep their lengths where all inputs stay.
 
-    Raises: TypeError for layers that are not of these classes; ValueError for indices out of range, and for a second
-    layer of which the inputs are not those outputs.
+    Raises: TypeError for layers that are not of these classes; ValueError for indices out of range, and for a
+    second layer of which the inputs are not those outputs.
     """
     producer, consumer = model[first], model[second]
     for name, layer in (("first", producer), ("second", consumer)):
@@ -99,5 +100,7 @@ def _set(layer: nn.Module, tensors: dict, indices: Tensor, dim: int) -> None:
         if x is not None:
             taken = x.detach().index_select(dim, indices.to(x.device)).clone()
             layer._parameters[name] = nn.Parameter(taken, x.requires_grad)
-    sizes = ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
+    sizes = (
+        ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
+    )
     setattr(layer, sizes[dim], len(indices))

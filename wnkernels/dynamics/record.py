@@ -31,7 +31,9 @@ QUANTITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradient_norm": lambda w, g: _norm(g),
     "cosine": lambda w, g: (_rows(w) * _rows(g)).sum(1) / (_norm(w) * _norm(g)).clamp(min=1e-300),
     "product": lambda w, g: _norm(w) * _norm(g),  # equal over rows in the limit of EWN
-    "ratio": lambda w, g: _norm(g) / _norm(w).clamp(min=1e-300),  # and in that of SWN, arXiv:2010.12909, theorem 2
+    "ratio": lambda w, g: (
+        _norm(g) / _norm(w).clamp(min=1e-300)
+    ),  # and in that of SWN, arXiv:2010.12909, theorem 2
 }
 
 
@@ -40,14 +42,16 @@ class Recorder:
 
     Args:
         every: record each this many accepted steps, and the first.
-        quantities: name -> function (w, G) -> (R,); default `QUANTITIES`. The norms |v| are taken along where the point
-            has them, as "direction_norm".
+        quantities: name -> function (w, G) -> (R,); default `QUANTITIES`. The norms |v| are taken along where
+            the point has them, as "direction_norm".
         names: of the weights, default "0", "1", ...
 
     Attributes: columns, the table: step, log_loss, weight, row, quantity, value, as lists of equal length.
     """
 
-    def __init__(self, every: int = 1, quantities: dict[str, Callable] | None = None, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, every: int = 1, quantities: dict[str, Callable] | None = None, names: Sequence[str] = ()
+    ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.every, self.quantities, self.names = every, quantities or QUANTITIES, list(names)
@@ -59,8 +63,10 @@ class Recorder:
             self.record(step, log_loss, point.weights, grads, point.norm)
         self._calls += 1
 
-    def record(self, step: int, log_loss, weights: Sequence[Tensor], grads: Sequence[Tensor], norms=()) -> None:
-        """Adds the lines of one time; weights and gradients over L as lists, norms the |v| of each or None."""
+    def record(
+        self, step: int, log_loss, weights: Sequence[Tensor], grads: Sequence[Tensor], norms=()
+    ) -> None:
+        """Adds the lines of one time; weights and gradients over L as lists, norms: the |v| of each."""
         for i, (w, g) in enumerate(zip(weights, grads)):
             values = {name: quantity(w, g) for name, quantity in self.quantities.items()}
             if i < len(norms) and norms[i] is not None:
@@ -83,20 +89,24 @@ class Recorder:
         """
         weight = self.columns["weight"][0] if weight is None and self.columns["weight"] else weight
         lines = [
-            (step, row, value) for step, w, row, q, value in zip(*(self.columns[k] for k in (
-                "step", "weight", "row", "quantity", "value")))
+            (step, row, value)
+            for step, w, row, q, value in zip(
+                *(self.columns[k] for k in ("step", "weight", "row", "quantity", "value"))
+            )
             if (q, w) == (quantity, weight)
         ]
         if not lines:
-            raise ValueError(f"quantity must have been recorded of weight {weight!r}, got {quantity!r}; there are "
-                             f"{sorted(set(self.columns['quantity']))} of {sorted(set(self.columns['weight']))}")
+            raise ValueError(
+                f"quantity must have been recorded of weight {weight!r}, got {quantity!r}; there are "
+                f"{sorted(set(self.columns['quantity']))} of {sorted(set(self.columns['weight']))}"
+            )
         steps = sorted({step for step, _, _ in lines})
         rows = max(row for _, row, _ in lines) + 1
         values = np.array([value for _, _, value in lines]).reshape(len(steps), rows)
         return np.array(steps), values
 
     def plot(self, path: str | Path, *quantities: str) -> None:
-        """One panel for each weight and quantity, a line for each row, over the steps; all quantities by default."""
+        """One panel for each weight and quantity, a line for each row, over the steps; by default all."""
         from matplotlib.figure import Figure
 
         quantities = quantities or tuple(dict.fromkeys(self.columns["quantity"]))

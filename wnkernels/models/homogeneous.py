@@ -1,7 +1,8 @@
-"""Positively homogeneous networks: f(x; c w) = c^d f(x; w) for c > 0, with relu, relu^2 or linear activations.
+"""Positively homogeneous networks: f(x; c w) = c^d f(x; w) for c > 0, of relu, relu^2 or linear units.
 
-`mlp` and `convnet` build plain models; `normalize` gives them one radius per row or filter, per layer, or for the
-vector of all weights, SWN or EWN, and takes it away again, and the function stays what it is. Morwani and Ramaswamy
+`mlp` and `convnet` build plain models; `normalize` gives them one radius per row or filter, per layer, or for
+the vector of all weights, SWN or EWN, and takes it away again, and the function stays what it is. Morwani and
+Ramaswamy
 (arXiv:2010.12909) study these; the first layer may have a bias, of the degree of its weight.
 """
 
@@ -49,7 +50,13 @@ def _draw(module: nn.Module, seed: int | None) -> None:
 
 
 def mlp(
-    widths: Sequence[int], activation: str = "relu", *, bias: bool = False, seed: int | None = None, dtype=None, device=None
+    widths: Sequence[int],
+    activation: str = "relu",
+    *,
+    bias: bool = False,
+    seed: int | None = None,
+    dtype=None,
+    device=None,
 ) -> nn.Sequential:
     """Linear layers with activations between them.
 
@@ -87,7 +94,8 @@ def convnet(
 ) -> nn.Sequential:
     """3x3 convolutions with padding 1, 2x2 max pooling after some of them, and a linear layer without bias.
 
-    The paper's net for CIFAR-10 is channels=(3, 64, 64, 128, 128, 256, 256, 256, 512, ...), pool_after=(2, 4, 7, 10, 13).
+    The paper's net for CIFAR-10 is channels=(3, 64, 64, 128, 128, 256, 256, 256, 512, ...), pool_after=(2, 4,
+    7, 10, 13).
 
     Args:
         channels: of the input and of every convolution.
@@ -102,14 +110,21 @@ def convnet(
         raise ValueError(f"channels must have at least an input and an output, got {list(channels)}")
     modules, size = [], image
     for i, (fan_in, fan_out) in enumerate(zip(channels, channels[1:]), 1):
-        modules.append(nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=bias and i == 1, dtype=dtype, device=device))
+        modules.append(
+            nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=bias and i == 1, dtype=dtype, device=device)
+        )
         modules.append(_activation(activation))
         if i in pool_after:
             modules.append(nn.MaxPool2d(2))
             size //= 2
     if size == 0:
-        raise ValueError(f"image must be at least {2 ** len(pool_after)} for {len(pool_after)} poolings, got {image}")
-    modules += [nn.Flatten(), nn.Linear(channels[-1] * size * size, classes, bias=False, dtype=dtype, device=device)]
+        raise ValueError(
+            f"image must be at least {2 ** len(pool_after)} for {len(pool_after)} poolings, got {image}"
+        )
+    modules += [
+        nn.Flatten(),
+        nn.Linear(channels[-1] * size * size, classes, bias=False, dtype=dtype, device=device),
+    ]
     model = nn.Sequential(*modules)
     _draw(model, seed)
     return model
@@ -129,12 +144,14 @@ def degree(model: nn.Module) -> int:
             result += 1
         elif isinstance(module, SquaredReLU):
             result *= 2
-        elif not isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten)):
+        elif not isinstance(
+            module, (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten)
+        ):
             raise ValueError(f"{type(module).__name__} is not known to be positively homogeneous")
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- normalization
+# ---------------------------------------------------------------------------------------------- normalization
 
 
 class WholeVector(nn.Module):
@@ -185,13 +202,14 @@ class WholeVector(nn.Module):
 def normalize(model: nn.Module, kind: str | None, per: str = "row", exclude=None) -> nn.Module:
     """Gives the weights of a model polar coordinates, or others, or none; the function stays what it is.
 
-    A negative g of SWN becomes a direction of the other sign in EWN. For SWN and EWN the new v is w, except that an
-    unchanged (kind, per) changes nothing.
+    A negative g of SWN becomes a direction of the other sign in EWN. For SWN and EWN the new v is w, except
+    that an unchanged (kind, per) changes nothing.
 
     Args:
         model: plain, or what this function returned. It is changed; use the result.
         kind: "swn", "ewn", or None for a plain model.
-        per: "row" or "filter" (one radius for each output), "layer" (one for each weight), or "vector" (one in all).
+        per: "row" or "filter" (one radius for each output), "layer" (one for each weight), or "vector" (one
+            in all).
         exclude: names of layers that stay plain, as of `wnkernels.convert`; not with "vector".
 
     Returns: the model, or a `WholeVector` around it.
@@ -210,8 +228,11 @@ def normalize(model: nn.Module, kind: str | None, per: str = "row", exclude=None
         model = model.plain()
     dim = None if per == "layer" else 0
     kept = {
-        name for name, m in model.named_modules()
-        if per != "vector" and isinstance(m, layers.WeightNormed) and (m.kind, m.dim) == (kind, dim)
+        name
+        for name, m in model.named_modules()
+        if per != "vector"
+        and isinstance(m, layers.WeightNormed)
+        and (m.kind, m.dim) == (kind, dim)
         and (exclude is None or not parametrize._matches(exclude, name, m))
     }
     for name, module in model.named_modules():

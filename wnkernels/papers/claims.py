@@ -3,7 +3,7 @@
 A paper's module has
 
     TITLE: str
-    def claims(options) -> Iterator[Claim]       # runs the experiments, and yields a row of the table for each claim
+    def claims(options) -> Iterator[Claim]       # runs the experiments, yields the rows of the table
     def figures(results, folder) -> None         # draws what the experiments have left in options.results
 
 Claims are numbered as P<paper>-<n>. The bound of a claim is fixed before its experiment runs.
@@ -32,7 +32,8 @@ class Claim:
     predicted, measured: numbers or text.
     bound: what the measurement must meet, in words.
     holds: the verdict; None for a row that reports without a bound.
-    seconds: of the experiment, shared by all claims that come from it; torch_seconds: of the same in pure torch.
+    seconds: of the experiment, shared by all claims that come from it; torch_seconds: of the same in pure
+    torch.
     """
 
     id: str
@@ -56,7 +57,7 @@ class Clock:
 
 
 class Measured(NamedTuple):
-    """The value of an experiment and how long it took, on our kernels and in pure torch (NaN where it did not run)."""
+    """The value of an experiment and its time, on our kernels and in pure torch; NaN where it did not run."""
 
     value: Any
     seconds: float
@@ -67,10 +68,12 @@ class Measured(NamedTuple):
 class Options:
     """How the experiments are to run.
 
-    full: the large versions; small: the form for continuous integration, seconds per paper. Neither: the quick form.
+    full: the large versions; small: the form for continuous integration, seconds per paper. Neither: the
+    quick form.
     device: of the tensors, where an experiment is large enough to leave the CPU.
     out: the folder for CSV and figures, or None.
-    backend: "wnkernels", "torch" (the same in pure torch), or "both", of which the values are those of wnkernels.
+    backend: "wnkernels", "torch" (the same in pure torch), or "both", of which the values are those of
+    wnkernels.
     progress: show progress bars.
     only: ids of the claims to check ("P0-3"); empty for all.
     results: filled by the experiments, name -> plain data, for the figures.
@@ -96,7 +99,7 @@ class Options:
         return not self.only or not self.only.isdisjoint(ids)
 
     def bar(self, items: Iterable | None, text: str, total: int | None = None):
-        """tqdm over `items` (None: a bar to update by hand), silent without `progress`; gone when it is done."""
+        """tqdm over `items` (None: a bar to update by hand), silent without `progress`."""
         from tqdm import tqdm
 
         return tqdm(items, desc=text, total=total, disable=not self.progress, leave=False, dynamic_ncols=True)
@@ -151,6 +154,8 @@ def write_csv(path: Path, rows: Iterable[dict]) -> None:
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [f.name for f in fields(Claim)], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, list(rows[0]) if rows else [f.name for f in fields(Claim)], lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)

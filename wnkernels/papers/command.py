@@ -1,4 +1,4 @@
-"""`python -m wnkernels papers`: runs the experiments of the papers, and holds their claims against the predictions.
+"""`python -m wnkernels papers`: runs the papers' experiments, and holds their claims to the bounds.
 
 The exit code is the verdict: 0 if no claim fails, 1 if one does, 2 for arguments that make no sense.
 """
@@ -6,6 +6,7 @@ The exit code is the verdict: 0 if no claim fails, 1 if one does, 2 for argument
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
 import textwrap
 import time
@@ -19,21 +20,39 @@ from .claims import BACKENDS, Claim, Options, text_of, verdict, write_csv
 
 __all__ = ["main"]
 
-COLUMNS = (("claim", 11), ("what", 44), ("predicted", 22), ("measured", 30), ("bound", 24), ("holds", 6), ("s", 6))
+COLUMNS = (
+    ("claim", 11),
+    ("what", 44),
+    ("predicted", 22),
+    ("measured", 30),
+    ("bound", 24),
+    ("holds", 6),
+    ("s", 6),
+)
 TORCH_COLUMN = ("torch s", 7)
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser("python -m wnkernels papers", description=__doc__)
-    result.add_argument("names", nargs="*", metavar="paper", help=f"which of {', '.join(PAPERS)}; default all")
+    result.add_argument(
+        "names", nargs="*", metavar="paper", help=f"which of {', '.join(PAPERS)}; default all"
+    )
     size = result.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the default: minutes on two cores")
     size.add_argument("--full", action="store_true", help="the large versions, for a GPU")
-    size.add_argument("--small", action="store_true", help="the form for continuous integration: a fast part of quick")
+    size.add_argument(
+        "--small", action="store_true", help="the form for continuous integration: a fast part of quick"
+    )
     result.add_argument("--device", default="cpu", help="of the large experiments, such as cuda")
-    result.add_argument("--out", type=Path, help="folder for claims.csv and the figures; nothing is written without")
-    result.add_argument("--backend", choices=BACKENDS, default="wnkernels",
-                        help="torch: the same in pure torch; both: our kernels, and the time that torch takes")
+    result.add_argument(
+        "--out", type=Path, help="folder for claims.csv and the figures; nothing is written without"
+    )
+    result.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="wnkernels",
+        help="torch: the same in pure torch; both: our kernels, and the time that torch takes",
+    )
     result.add_argument("--claims", default="", metavar="P0-1,P2-3", help="only these; default all")
     result.add_argument("--list", action="store_true", help="print the papers, and stop")
     return result
@@ -44,7 +63,11 @@ def modules(names: Sequence[str]) -> dict:
     for name in names:
         if name not in PAPERS:
             raise ValueError(f"paper must be one of {', '.join(map(repr, PAPERS))}, got {name!r}")
-    return {name: importlib.import_module(f"{__package__}.{name}") for name in PAPERS if not names or name in names}
+    return {
+        name: importlib.import_module(f"{__package__}.{name}")
+        for name in PAPERS
+        if not names or name in names
+    }
 
 
 def line(cells: Sequence[str], columns) -> str:
@@ -52,13 +75,22 @@ def line(cells: Sequence[str], columns) -> str:
     wrapped = [textwrap.wrap(cell, width) or [""] for cell, (_, width) in zip(cells, columns)]
     height = max(map(len, wrapped))
     lines = zip(*(cell + [""] * (height - len(cell)) for cell in wrapped))
-    return "\n".join("  ".join(f"{x:{width}}" for x, (_, width) in zip(row, columns)).rstrip() for row in lines)
+    return "\n".join(
+        "  ".join(f"{x:{width}}" for x, (_, width) in zip(row, columns)).rstrip() for row in lines
+    )
 
 
 def cells(claim: Claim) -> list[str]:
     seconds = (f"{s:.1f}" if s == s else "" for s in (claim.seconds, claim.torch_seconds))
-    return [claim.id, claim.text, text_of(claim.predicted), text_of(claim.measured), claim.bound, verdict(claim.holds),
-            *seconds]
+    return [
+        claim.id,
+        claim.text,
+        text_of(claim.predicted),
+        text_of(claim.measured),
+        claim.bound,
+        verdict(claim.holds),
+        *seconds,
+    ]
 
 
 def check(name: str, module, options: Options, columns) -> list[Claim]:
@@ -76,7 +108,7 @@ def check(name: str, module, options: Options, columns) -> list[Claim]:
 
 
 def save(folder: Path, claims: dict[str, list[Claim]], options: Options) -> None:
-    """claims.csv, of which the rows of papers that have not run now stay."""
+    """claims.csv, of which the rows of claims that have not run now stay."""
     import csv
 
     path = folder / "claims.csv"
@@ -93,9 +125,12 @@ def save(folder: Path, claims: dict[str, list[Claim]], options: Options) -> None
             for row in csv.DictReader(file):
                 rows[row["paper"]].append(row)
     for name, found in claims.items():
-        rows[name] = [
-            {"paper": name} | dataclasses.asdict(claim) | {"holds": verdict(claim.holds)} | facts for claim in found
+        old = [row for row in rows[name] if row["id"] not in {claim.id for claim in found}]
+        new = [
+            {"paper": name} | dataclasses.asdict(claim) | {"holds": verdict(claim.holds)} | facts
+            for claim in found
         ]
+        rows[name] = sorted(old + new, key=lambda row: int(re.search(r"-(\d+)", row["id"])[1]))
     for row in (row for some in rows.values() for row in some):
         for key in ("seconds", "torch_seconds"):
             row[key] = "" if row[key] in ("", "nan") or row[key] != row[key] else f"{float(row[key]):.3f}"
@@ -124,8 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     only = frozenset(x.strip() for x in given.claims.split(",") if x.strip())
     options = Options(
-        full=given.full, small=given.small, device=given.device, out=given.out, backend=given.backend,
-        progress=sys.stderr.isatty(), only=only,
+        full=given.full,
+        small=given.small,
+        device=given.device,
+        out=given.out,
+        backend=given.backend,
+        progress=sys.stderr.isatty(),
+        only=only,
     )
     columns = (*COLUMNS, TORCH_COLUMN) if given.backend != "wnkernels" else COLUMNS
     started, found = time.perf_counter(), {}
@@ -139,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         save(options.out, found, options)
     failed = [claim.id for claim in claims if claim.holds is False]
-    reports = sum(claim.holds is None for claim in claims)
-    print(f"\n{len(claims) - len(failed) - reports} hold, {len(failed)} do not, {reports} report without a bound; "
-          f"{time.perf_counter() - started:.0f} s")
+    reports, seconds = sum(claim.holds is None for claim in claims), time.perf_counter() - started
+    good = len(claims) - len(failed) - reports
+    print(f"\n{good} hold, {len(failed)} do not, {reports} report without a bound; {seconds:.0f} s")
     if failed:
         print("do not hold: " + ", ".join(failed))
     return 1 if failed else 0

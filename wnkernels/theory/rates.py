@@ -1,7 +1,7 @@
-"""How fast a loss e^-m falls along gradient flow of one scalar, and the flow of EWN with scalar neurons, in closed form.
+"""Closed forms: how fast a loss e^-m falls along the flow of one scalar; EWN with scalar neurons.
 
-Morwani and Ramaswamy (arXiv:2010.12909, section 4): under EWN the loss is Theta(1/(t (log t)^2)) at any depth, without
-normalization, or with SWN, Theta(1/(t (log t)^(2-2/L))) for a homogeneous net of degree L.
+Morwani and Ramaswamy (arXiv:2010.12909, section 4): under EWN the loss is Theta(1/(t (log t)^2)) at any
+depth, without normalization, or with SWN, Theta(1/(t (log t)^(2-2/L))) for a homogeneous net of degree L.
 """
 
 import math
@@ -26,10 +26,10 @@ def ewn_rate(margin: float) -> float:
 
 
 def plain_rate(margin: float, depth: int) -> float:
-    """depth^2 L t (log t)^(2-2/depth) when the margin p^depth is `margin`, for p' = depth p^(depth-1) e^-margin.
+    """depth^2 L t (log t)^(2-2/depth) at margin p^depth, for p' = depth p^(depth-1) e^-margin.
 
-    With w = p^depth, w' = depth^2 w^(2-2/depth) e^-w, so that t L depth^2 is the integral of e^(u-w) u^-(2-2/depth) up
-    to u = w, here from u = 1 on. Tends to 1; for depth 1 it is 1 - e^(1-w).
+    With w = p^depth, w' = depth^2 w^(2-2/depth) e^-w, so that t L depth^2 is the integral of e^(u-w)
+    u^-(2-2/depth) up to u = w, here from u = 1 on. Tends to 1; for depth 1 it is 1 - e^(1-w).
 
     Args:
         margin: above 1; depth: at least 1.
@@ -40,13 +40,13 @@ def plain_rate(margin: float, depth: int) -> float:
 
 
 def trajectory_invariant(w: ArrayLike, x: ArrayLike) -> np.ndarray:
-    """x_2/w_1 - x_1/w_2, which the flow of f = <x, w> with each w_i = e^alpha_i its own neuron conserves. (..., 2)."""
+    """x_2/w_1 - x_1/w_2, which the flow of f = <x, w> with each w_i = e^alpha_i its own neuron conserves."""
     w, x = np.asarray(w, dtype=float), np.asarray(x, dtype=float)
     return x[1] / w[..., 0] - x[0] / w[..., 1]
 
 
 def trajectory_point(w0: ArrayLike, x: ArrayLike, margin: float) -> np.ndarray:
-    """w where that flow from w0 has <x, w> = margin: 1/w_i = 1/w_i(0) - x_i s. All entries must be positive."""
+    """w where that flow from w0 has <x, w> = margin: 1/w_i = 1/w_i(0) - x_i s. All are positive."""
     w0, x = np.asarray(w0, dtype=float), np.asarray(x, dtype=float)
     end = (1 / (w0 * x)).min()  # where the first of the w_i is infinite
 
