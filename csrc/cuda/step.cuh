@@ -294,8 +294,8 @@ WN_OUTLINE void pass_over(const Entry<typename S::Formula>& entry, int64_t block
       for (int k = 0; k < S::inputs; ++k) {
         if (place[b].lanes == 0) packs[b][k] = {};
         else if (from_held) packs[b][k] = held[(b * S::inputs + k) * block_threads()];
-        else if (k == 1) packs[b][k] = load_gradient<S>(problem.in[k], problem.in_type[k], place[b], plan.vectors);
-        else packs[b][k] = load_pack<A, S::pack>(problem.in[k], place[b], plan.vectors);
+        else if (k == 1) packs[b][k] = load_gradient<S>(in_global(problem.in[k]), problem.in_type[k], place[b], plan.vectors);
+        else packs[b][k] = load_pack<A, S::pack>(in_global(problem.in[k]), place[b], plan.vectors);
       }
     }
 #pragma unroll
