@@ -442,9 +442,12 @@ template <class S> WN_OUTLINE void redo_rows(const Entry<typename S::Formula>& e
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
+// Double takes more registers than two blocks leave it.
+template <class S> constexpr int blocks_of_step = sizeof(typename S::Sum) == 8 ? 1 : step_blocks;
+
 // Every stage makes the rows of its block anew, so that few registers are in use across the calls.
 template <class S>
-WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+WN_KERNEL(step_threads, blocks_of_step<S>) step_kernel(WN_PARAMETER Table<typename S::Formula> table) {
   if (table.skipped()) return;
   const int64_t index = table.first + bid();
   const auto& entry = table.of_block(index);
