@@ -58,6 +58,11 @@ WN_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
+// A pointer that the compiler may take as one to global memory, in functions that are not inlined.
+WN_DEVICE const void* in_global(const void* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
 WN_DEVICE void block_sync() { __syncthreads(); }
 WN_DEVICE bool block_any(bool condition) { return __syncthreads_or(condition); }
 

@@ -103,7 +103,8 @@ template <class S> WN_DEVICE Words load_gradient(const void* tensor, DType type,
   return load_pack<A, S::pack>(tensor, place, vectors);
 }
 
-template <class S> WN_DEVICE void store_copy(void* tensor, DType type, const Place& place, bool vectors, const Words& words) {
+template <class S>
+WN_DEVICE void store_copy(void* tensor, DType type, const Place& place, bool vectors, const Words& words) {
   Words halves{};
 #pragma unroll
   for (int e = 0; e < S::pack; ++e) {
@@ -125,7 +126,6 @@ template <class S> WN_DEVICE void elements(const StepPacks<S>& packs, int e, typ
 template <class S> struct BlockRows {
   using A = typename S::Sum;
   using F = typename S::Formula;
-  const Entry<F>& entry;
   const Problem<F>& problem;
   const Plan& plan;
   bool columns;
@@ -137,7 +137,7 @@ template <class S> struct BlockRows {
   char* redo;
 
   WN_DEVICE BlockRows(const Entry<F>& entry, int64_t block, bool by_row)
-      : entry(entry), problem(entry.problem), plan(entry.plan), columns(plan.tile_threads > 0), team(plan) {
+      : problem(entry.problem), plan(entry.plan), columns(plan.tile_threads > 0), team(plan) {
     const int64_t group = by_row || plan.pieces == 1 ? block : block / plan.pieces;
     row0 = group * plan.per_block;
     const int64_t rest = problem.layout.rows - row0;
@@ -229,7 +229,8 @@ WN_DEVICE void reduce_rows(const BlockRows<S>& rows, T (&x)[n], int count, Total
     return block_sync();
   }
   T* partial = shared<T>();
-  const int tile = plan.tile_threads, warps = block_threads() / warp, inner = static_cast<int>(rows.problem.layout.inner);
+  const int tile = plan.tile_threads, warps = block_threads() / warp;
+  const int inner = static_cast<int>(rows.problem.layout.inner);
 #pragma unroll 1
   for (int distance = warp / 2; distance >= tile; distance /= 2)
 #pragma unroll
@@ -256,7 +257,8 @@ enum class Pass { gram, residual, nonzero, combine };
 // Every pass is this loop, out of line: loads of every type and alignment are most of its code. Sums go to the arrays of
 // the rows; `redo` tells that some rows are not to be combined.
 template <class S>
-WN_OUTLINE void pass_over(const Entry<typename S::Formula>& entry, int64_t block, bool by_row, Pass pass, bool redo = false) {
+WN_OUTLINE void pass_over(const Entry<typename S::Formula>& entry, int64_t block, bool by_row, Pass pass,
+                          bool redo = false) {
   using A = typename S::Sum;
   using F = typename S::Formula;
   constexpr int most = S::gram_size > S::residuals ? S::gram_size : S::residuals;
@@ -292,8 +294,8 @@ WN_OUTLINE void pass_over(const Entry<typename S::Formula>& entry, int64_t block
       for (int k = 0; k < S::inputs; ++k) {
         if (place[b].lanes == 0) packs[b][k] = {};
         else if (from_held) packs[b][k] = held[(b * S::inputs + k) * block_threads()];
-        else if (k == 1) packs[b][k] = load_gradient<S>(problem.in[k], problem.in_type[k], place[b], plan.vectors);
-        else packs[b][k] = load_pack<A, S::pack>(problem.in[k], place[b], plan.vectors);
+        else if (k == 1) packs[b][k] = load_gradient<S>(in_global(problem.in[k]), problem.in_type[k], place[b], plan.vectors);
+        else packs[b][k] = load_pack<A, S::pack>(in_global(problem.in[k]), place[b], plan.vectors);
       }
     }
 #pragma unroll
@@ -440,9 +442,12 @@ template <class S> WN_OUTLINE void redo_rows(const Entry<typename S::Formula>& e
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
+// Double takes more registers than two blocks leave it.
+template <class S> constexpr int blocks_of_step = sizeof(typename S::Sum) == 8 ? 1 : step_blocks;
+
 // Every stage makes the rows of its block anew, so that few registers are in use across the calls.
 template <class S>
-WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+WN_KERNEL(step_threads, blocks_of_step<S>) step_kernel(WN_PARAMETER Table<typename S::Formula> table) {
   if (table.skipped()) return;
   const int64_t index = table.first + bid();
   const auto& entry = table.of_block(index);
@@ -497,7 +502,8 @@ WN_KERNEL(step_threads, step_blocks) step_kernel(WN_PARAMETER Table<typename S::
     }
     uncertain = rows.share(uncertain);
   }
-  if (phase == Phase::sums ? !of_block().safe(0) : whole && uncertain) pass_over<S>(entry, block, by_row, Pass::nonzero);
+  if (phase == Phase::sums ? !of_block().safe(0) : whole && uncertain)
+    pass_over<S>(entry, block, by_row, Pass::nonzero);
   if (phase == Phase::sums) {
     const auto rows = of_block();
     for (int k = tid(); k < S::inputs; k += block_threads()) workspace.piece[block].nonzero[k] = rows.nonzero[k];
@@ -561,7 +567,8 @@ template <class S> Plan step_plan(const Problem<typename S::Formula>& problem, b
 // Weights in blocks of one shape, as many as a kernel's arguments hold.
 template <class S> class Batch {
  public:
-  Batch(const Plan& plan, const float* skip) : shape(plan.shape), split(plan.path == Path::row_split), big(is_big(plan)) {
+  Batch(const Plan& plan, const float* skip)
+      : shape(plan.shape), split(plan.path == Path::row_split), big(is_big(plan)) {
     table.skip = skip;
     table.count = 0;
     shape.blocks = 0;
@@ -577,7 +584,8 @@ template <class S> class Batch {
   }
   void run(void* stream) {
     if (!split)
-      return launch_phase(shape.cluster > 1 ? "steps, clusters" : big ? "steps, big blocks" : "steps", Phase::whole, stream);
+      return launch_phase(shape.cluster > 1 ? "steps, clusters" : big ? "steps, big blocks" : "steps", Phase::whole,
+                          stream);
     launch_phase("steps, split: sums", Phase::sums, stream);
     launch_phase("steps, split: residuals", Phase::residuals, stream);
     Batch rows = *this;

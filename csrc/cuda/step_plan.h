@@ -7,8 +7,8 @@ namespace wn::cuda {
 
 constexpr int step_threads = 256;  // of a block
 constexpr int step_blocks = 2;     // per multiprocessor, that registers leave room for
-constexpr int step_packs = 4;      // loads that a thread of a short row makes one after the other: while one thread of
-                                   // each row turns sums into coefficients, many rows should be at it together
+constexpr int step_packs = 4;      // loads that a thread of a short row makes one after the other: while one thread
+                                   // of each row turns sums into coefficients, many rows should be at it together
 constexpr int step_tiles[] = {32, 16, 8};  // columns side by side, widest first
 
 struct StepFacts : Facts {
@@ -42,7 +42,8 @@ inline bool finish_step(Plan& plan, const StepFacts& facts, const Device& device
                               facts.coefficients, facts.results, facts.inputs).end;
   const int lines = plan.tile_threads > 0 ? step_threads / plan.tile_threads : plan.width;  // threads of a row
   const int64_t packs = plan.segments * plan.segment_packs;
-  const int64_t held = plan.held ? ceil_div(packs, int64_t(pieces) * lines) * step_threads * facts.pack * facts.input_bytes : 0;
+  const int64_t slots = ceil_div(packs, int64_t(pieces) * lines);  // packs of a thread
+  const int64_t held = plan.held ? slots * step_threads * facts.pack * facts.input_bytes : 0;
   plan.shape = {ceil_div(facts.layout.rows, plan.per_block) * pieces, step_threads, plan.held ? pieces : 1,
                 plan.store_at + held};
   const int64_t step = int64_t(lines) * pieces;
@@ -71,8 +72,9 @@ inline Plan plan_step_rows(const StepFacts& facts, const Device& device) {
   };
 
   const bool spread = rows < device.multiprocessors && row_bytes > tuning.spread_bytes;
-  int64_t width = power_of_two_from(ceil_div(packs, step_packs * slots));
-  for (width = std::clamp<int64_t>(width, fewest_row_threads, step_threads); !spread && width <= step_threads; width *= 2)
+  const int64_t wanted = power_of_two_from(ceil_div(packs, step_packs * slots));
+  int64_t width = std::clamp<int64_t>(wanted, fewest_row_threads, step_threads);
+  for (; !spread && width <= step_threads; width *= 2)
     if (finish(Path::row_shared, width, 1)) return plan;
 
   int64_t cluster = 1;
@@ -102,8 +104,8 @@ inline Plan plan_step_columns(const StepFacts& facts, const Device& device) {
   for (const int tile : step_tiles) {
     const int threads = std::max<int>(tile, static_cast<int>(power_of_two_from(layout.inner)));
     plan.tile_threads = threads;
-    plan.tile_rows = plan.per_block = threads / static_cast<int>(layout.inner);
-    plan.tiles = ceil_div(layout.rows, plan.tile_rows);
+    plan.per_block = threads / static_cast<int>(layout.inner);
+    plan.tiles = ceil_div(layout.rows, plan.per_block);
     const bool small = finish_step(plan, facts, device, Path::column_shared, 1);
     if (small && plan.tiles >= device.multiprocessors) break;
   }

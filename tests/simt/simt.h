@@ -46,6 +46,7 @@ template <class T> T shfl_xor(unsigned lanes, T x, int distance) {
   return x;
 }
 inline int64_t opaque(int64_t x) { return x; }
+inline const void* in_global(const void* pointer) { return pointer; }
 inline void block_sync() { simt::barrier(false); }
 inline bool block_any(bool condition) { return simt::barrier_any(condition); }
 inline void cluster_sync() { simt::barrier(true); }
