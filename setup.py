@@ -21,7 +21,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)  # native_handle() of a device-generic stream
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.6 and 8.9 too
 
 # pip of a virtual environment that is not activated does not see the programs beside it; ninja is one.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])

@@ -163,7 +163,7 @@ def test_default_architectures_as_nvcc_allows(build, toolkit, tmp_path):
     toolkit(70, 75, 80, 86, 87, 89, 90)
     cuda, reason = build["plan_cuda"]()
     assert cuda.version == "12.4.99" and cuda.libraries == str(tmp_path / "lib")
-    assert cuda.archs == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
+    assert cuda.archs == ["7.5", "8.0", "9.0+PTX"]
     assert reason == f"found {tmp_path}/bin/nvcc"
 
 

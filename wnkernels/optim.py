@@ -147,6 +147,7 @@ class _Plan:
         self.key, self.present = key, present
         self.plain: list[int] = []
         self.buckets: list[_Bucket] = []
+        self.known: list[dict] = []  # all states when the plan was made; others in their place make it void
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizers
@@ -259,7 +260,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         key = (group["kind"], group["dim"], group["telemetry"], *self._key(group))
         plan = self._plans.get(number)
         if plan is not None and plan.key == key and plan.present == present:
-            if all(all(map(is_, map(self.state.get, bucket.params), bucket.states)) for bucket in plan.buckets):
+            if len(self.state) == len(plan.known) and all(map(is_, self.state.values(), plan.known)):
                 return plan
         if any(g is not None and g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("this step sets up state, which a CUDA graph would repeat: take two steps before the capture")
@@ -289,7 +290,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
             if group["telemetry"]:
                 bucket.telemetry = [self._telemetry_of(p) for p in bucket.params]
             self._fill(bucket, group)
-        plan.buckets = list(buckets.values())
+        plan.buckets, plan.known = list(buckets.values()), list(self.state.values())
         return plan
 
     def _ready(self, group: dict, index: int) -> dict:
@@ -364,10 +365,10 @@ class _PolarOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = self._scaling(bucket.params[0].device)
         if bucket.first and group.get("dampening") and found_inf is not None and found_inf.item():
             return  # the next step is the first one, which is not dampened; other steps do not wait for the device
-        before = None
         if bucket.rounded:
-            before = [p._version for p in bucket.params]
             bucket.copies = [copied.buffer() for copied in bucket.rounded]
+            # Whether found_inf skips the step only the device may know: a copy that is true before it stays so either way.
+            true = [found_inf is None or copied.mark == _mark(p) for copied, p in zip(bucket.rounded, bucket.params)]
         elif bucket.copies is not None:
             marks = [_mark(p) for p in bucket.params]
             if marks != bucket.marks:
@@ -391,8 +392,8 @@ class _PolarOptimizer(torch.optim.Optimizer):
             telemetry=bucket.telemetry,
         )
         if bucket.rounded:
-            for copied, p, version in zip(bucket.rounded, bucket.params, before):
-                if p._version != version:  # not skipped for found_inf
+            for copied, p, is_true in zip(bucket.rounded, bucket.params, true):
+                if is_true:
                     copied.mark = _mark(p)
         elif bucket.copies is not None:
             bucket.marks = [_mark(p) for p in bucket.params]

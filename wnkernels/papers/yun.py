@@ -328,16 +328,16 @@ def _plane_claims(options):
     targets = plane_targets()
     for name, bound in (("diagonal L=2", 0.5), ("diagonal L=3", 0.05), ("fully connected", 0.6),
                         ("convolutional L=2", 0.3)):
-        # How far a path still is at a given margin has a heavy tail over starts, those near a saddle: the median is
-        # held against the bound, and the worst is shown.
+        # How far a path still is at a given margin has a heavy tail over starts, those near a saddle: the median tells
+        # what is typical, but the bound is for every start.
         last = angles[name][:, -1]
         share = float((last / angles[name][:, 1]).max())
         target = ", ".join(f"{value:.4g}" for value in targets[name])
-        yield Claim(f"P1-4 {name}", f"angle to the max-margin direction at margin 1e4, degrees, median of {len(seeds)} "
+        yield Claim(f"P1-4 {name}", f"angle to the max-margin direction at margin 1e4, degrees, worst of {len(seeds)} "
                     "starts; worst of angle at 1e4 over that at 1e2", f"0 to ({target})",
-                    f"{np.median(last):.2g} (worst {last.max():.2g}, {(last > bound).sum()} above the bound); "
+                    f"{last.max():.2g} (median {np.median(last):.2g}, {(last > bound).sum()} above the bound); "
                     f"{share:.2g}",
-                    f"<= {bound}; <= 0.5", bool(np.median(last) <= bound and share <= 0.5), run.seconds,
+                    f"<= {bound}; <= 0.5", bool(last.max() <= bound and share <= 0.5), run.seconds,
                     run.torch_seconds)
 
 
