@@ -3,12 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: test bench build clean FORCE
+.PHONY: test bench bench-full build clean FORCE
 test: build
 	$(RUN) -m pytest
 
 bench: build
 	$(RUN) -m bench.digits
+
+# Every table of bench/results; half an hour on two cores, which nothing else should use meanwhile.
+bench-full: build
+	$(RUN) -m bench.digits
+	$(RUN) -m bench.layers
+	$(RUN) -m bench.kernels
+	$(RUN) -m bench.overhead
+	$(RUN) -m bench.optimizers
+	$(RUN) -m bench.in_backward
 
 build: $(VENV)/built
 

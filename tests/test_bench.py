@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import digits, harness, kernels, layers, overhead, providers
+from bench import compare, digits, harness, kernels, layers, overhead, providers
 
 
 def test_ratio_finds_a_factor_in_drifting_noise():
@@ -132,3 +132,32 @@ def test_overhead_calls_run():
     for calls in overhead.groups("cpu").values():
         for call in calls.values():
             call()
+
+
+def write_ratios(path, ratios, drop=()):
+    rows = [{"width": w, "provider": "ours", "rounds": 9, "ms": 1.0, "ratio_plain": r, "ratio_plain_low": r - 0.05,
+             "ratio_plain_high": r + 0.05} for w, r in ratios.items() if w not in drop]
+    harness.write_csv(path, rows, {"device": "x", "commit": str(path), "date": "today"})
+
+
+def test_compare_names_what_is_surely_slower(tmp_path, capsys):
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    write_ratios(old, {64: 1.0, 256: 1.0, 1024: 1.0, 2048: 1.0})
+    write_ratios(new, {64: 1.2, 256: 1.08, 1024: 0.7, 4096: 3.0})
+    assert compare.main([str(old), str(new)]) == 1
+    out = capsys.readouterr().out
+    assert "64, ours" in out and "1.20 [1.15, 1.25]" in out and "256" not in out and "1024" not in out
+    assert "1 ratios are worse; 3 points in both tables, 1 only in the old, 1 only in the new" in out
+    assert compare.main([str(old), str(old)]) == 0
+    assert compare.main([str(new), str(tmp_path / "none.csv")]) == 2
+
+
+def test_compare_refuses_tables_without_ratios(tmp_path):
+    path = tmp_path / "other.csv"
+    harness.write_csv(path, [{"width": 1, "ms": 2.0}], {"device": "x"})
+    with pytest.raises(ValueError, match="no column of a ratio"):
+        compare.read(path)
+    write_ratios(path, {64: 1.0})
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match="two rows"):
+        compare.read(path)
