@@ -72,8 +72,8 @@ struct PolarRow {
   }
   WN_INLINE double signed_length(double r) const { return kind == Kind::ewn ? finite(::exp(r)) : r; }
 
-  WN_INLINE double angle(double perp, double along) const {
-    return telemetry != nullptr ? ::atan2(perp, along) : 0;
+  WN_INLINE double angle(double perp_square, double along) const {
+    return telemetry != nullptr ? ::atan2(::sqrt(perp_square), along) : 0;
   }
 
   // result[0..1] = r', n'; result[2..6] = telemetry.
@@ -183,15 +183,15 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       return;
     }
     Update u = update(row, x, gram, e);
-    double G_perp = ::sqrt(x.G_perp_square), d_perp = ::sqrt(larger(0.0, u.d_perp_square));
+    double G_perp_square = x.G_perp_square, d_perp_square = larger(0.0, u.d_perp_square);
     if (sums != nullptr) {
-      G_perp = ::sqrt(static_cast<double>(sums[1]));
-      const double b = shifted(u.B, e[1]);
-      double unit = ::fabs(b);
+      G_perp_square = sums[1];
+      double unit = ::fabs(shifted(u.B, e[1]));
       if constexpr (with_momentum) unit = larger(unit, ::fabs(shifted(u.C, e[2])));
-      d_perp = unit * ::sqrt(static_cast<double>(sums[0]));
+      d_perp_square = unit * unit * sums[0];
     }
-    G_perp = shifted(G_perp, e[1]);
+    const bool geodesic = !with_momentum && rows.retraction == Retraction::geodesic;
+    const double G_perp = geodesic || rows.telemetry != nullptr ? shifted(::sqrt(G_perp_square), e[1]) : 0;
 
     double r = x.r;
     if (rows.kind != Kind::unit) {
@@ -200,11 +200,11 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       r -= rows.radius_lr.at<double>(row) * (!with_momentum ? dr : nesterov ? dr + u.mu * mr : mr);
     }
     const double s = rows.signed_length(r), lr = rows.lr.at<double>(row);
-    const double along = x.n - lr * u.d_along, perp = lr * d_perp;
-    double n = ::sqrt(along * along + perp * perp), angle = rows.angle(perp, along);
+    const double along = x.n - lr * u.d_along, perp_square = lr * lr * d_perp_square;
+    double n = ::sqrt(along * along + perp_square), angle = rows.angle(perp_square, along);
     double of_t = x.n - lr * u.A, of_G = -lr * u.B, of_m = -lr * u.C;
     double scale = n > 0 ? s / n : 0;
-    if (!with_momentum && rows.retraction == Retraction::geodesic) {
+    if (geodesic) {
       const double tangential = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n;
       angle = rate * tangential;
       const double sine = tangential > 0 ? ::sin(angle) / tangential : rate;
@@ -343,10 +343,10 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
       }
       s = rows.signed_length(r);
       const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));
-      const double U_perp = ::sqrt(larger(0.0, static_cast<double>(sums[0]) - U_along * U_along));
+      const double perp_square = rate * rate * larger(0.0, static_cast<double>(sums[0]) - U_along * U_along);
       const double along = x.n * (decoupled ? 1 - lr * decay : 1) - rate * U_along;
-      n = ::sqrt(along * along + rate * U_perp * rate * U_perp);
-      angle = rows.angle(rate * U_perp, along);
+      n = ::sqrt(along * along + perp_square);
+      angle = rows.angle(perp_square, along);
       G_perp = shifted(::sqrt(static_cast<double>(sums[2])), e[1]);
       c[kScale] = static_cast<A>(n > 0 ? finite(s * (x.n / n)) : 0);
       if (rows.retraction == Retraction::renormalize) n = x.n;

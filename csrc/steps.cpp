@@ -191,6 +191,8 @@ struct Call {
        const std::optional<Tensor>& grad_scale)
       : a(arguments) {
     const Kind k = parse_step_kind(kind);
+    layouts.reserve(a.weights.size());
+    rows.reserve(a.weights.size());
     for (size_t i = 0; i < a.weights.size(); ++i) {
       layouts.push_back(layout_of(a.weights[i], wrap_dim(a.weights[i], a.dims[i] < 0 ? Dim() : Dim(a.dims[i]))));
       check(a, i, layouts[i]);
@@ -207,6 +209,7 @@ struct Call {
 
   template <class Formula, class F> void run(const std::optional<Tensor>& found_inf, F&& fill) const {
     std::vector<Problem<Formula>> problems;
+    problems.reserve(a.weights.size());
     std::vector<Tensor> grads(a.weights.size());  // kept until the kernels are done
     for (size_t i = 0; i < a.weights.size(); ++i) {
       if (layouts[i].rows == 0) continue;

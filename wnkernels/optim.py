@@ -356,12 +356,13 @@ class _PolarOptimizer(torch.optim.Optimizer):
             self._polar(number, group, bucket, [grads[i] for i in bucket.indices])
 
     def _polar(self, number, group: dict, bucket: _Bucket, grads: list) -> None:
-        for index, grad in zip(bucket.indices, grads):
-            if grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"the gradient of parameter {self._name(group, index)!r} must be dense, got layout {grad.layout}: "
-                    "make the module with sparse=False, or take the parameter in a group of kind=None"
-                )
+        layouts = [grad.layout for grad in grads]
+        if layouts.count(torch.strided) < len(layouts):
+            index, layout = next(pair for pair in zip(bucket.indices, layouts) if pair[1] is not torch.strided)
+            raise RuntimeError(
+                f"the gradient of parameter {self._name(group, index)!r} must be dense, got layout {layout}: "
+                "make the module with sparse=False, or take the parameter in a group of kind=None"
+            )
         grad_scale, found_inf = self._scaling(bucket.params[0].device)
         if bucket.first and group.get("dampening") and found_inf is not None and found_inf.item():
             return  # the next step is the first one, which is not dampened; other steps do not wait for the device
