@@ -247,7 +247,7 @@ def test_info():
 @pytest.mark.parametrize("arguments", [(), ("info", "more")])
 def test_usage(arguments):
     result = run_module(*arguments)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "usage: python -m wnkernels info\n")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "usage: python -m wnkernels info | papers [--help]\n")
 
 
 @pytest.mark.parametrize("archs, capability, runs", [
