@@ -2,8 +2,8 @@
 
     python -m bench.compare OLD.csv NEW.csv
 
-Times of different runs do not compare, since a machine is never twice the same; ratios to what was measured beside them do.
-A point is worse where a ratio's whole 95% interval lies above the old one's. The exit code is 1 if one is, else 0; rows
+Times of different runs do not compare, since a machine is never twice the same; ratios to what was measured beside them
+do. A point is worse where a ratio's whole 95% interval lies above the old one's. The exit code is 1 if one is, else 0; rows
 that only one table has are counted.
 """
 
@@ -14,7 +14,8 @@ import sys
 from . import harness
 
 # Columns that say which point a row is are those that no measurement writes.
-MEASURED = ("rounds", "ms", "us", "ratio_", "percent_", "gb", "peak_", "memory_", "above_", "final_", "test_", "difference_")
+MEASURED = ("rounds", "ms", "us", "ratio_", "percent_", "gb", "peak_", "memory_", "above_", "final_", "test_",
+            "difference_")
 
 
 def read(path):
@@ -46,7 +47,8 @@ def worse(old, new, ratios):
 
 
 def interval(row, name):
-    return harness.interval({n: float(row[n]) for n in (name, name + "_low", name + "_high")}, name.removeprefix("ratio_"))
+    numbers = {column: float(row[column]) for column in (name, name + "_low", name + "_high")}
+    return harness.interval(numbers, name.removeprefix("ratio_"))
 
 
 def main(arguments=None):

@@ -18,8 +18,8 @@ using at::Tensor;
 
 namespace {
 
-// Layers of up to this many elements stay in a core's cache, and in that of the cores together.
-constexpr int64_t kSmallLayer = 1 << 18, kMediumLayer = 1 << 20;
+// Layers of up to this many elements stay in a core's cache.
+constexpr int64_t kSmallLayer = 1 << 18;
 
 // The rule, in one place. Without w, y takes a second pass (batch x rows); with it, w is written and read (rows x width)
 // and, on a CPU, the page faults of a fresh w are paid. So w is materialized where the batch is large against the width,
@@ -30,8 +30,7 @@ bool materialize_is_faster(const Tensor& x, const Tensor& v) {
   if (!(v.is_cpu() || v.is_cuda() || v.is_meta())) return true;
   if (v.scalar_type() != at::kFloat && v.scalar_type() != at::kDouble) return true;
   const c10::SymInt width = v.sym_size(1), batch_elements = x.sym_numel();
-  const int64_t passes = v.sym_numel() <= kMediumLayer ? 8 : 2;  // a w in cache is cheap to read again
-  return v.sym_numel() <= kSmallLayer || passes * batch_elements >= width * width;
+  return v.sym_numel() <= kSmallLayer || batch_elements > width * width;
 }
 
 void check(const Tensor& x, const Tensor& v, const std::optional<Tensor>& bias) {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import compare, digits, harness, kernels, layers, overhead, providers
+from bench import compare, digits, harness, kernels, layers, overhead, providers, readme
 
 
 def test_ratio_finds_a_factor_in_drifting_noise():
@@ -161,3 +161,21 @@ def test_compare_refuses_tables_without_ratios(tmp_path):
     path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
     with pytest.raises(ValueError, match="two rows"):
         compare.read(path)
+
+
+def test_the_readme_says_what_was_measured():
+    page = (readme.ROOT / "README.md").read_text()
+    assert readme.render(page) == page, "run python -m bench.readme"
+
+
+def test_readme_sections_follow_their_tables(tmp_path):
+    for path in readme.FOLDER.glob("*.csv"):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row |= {name: 9.25 for name in row if name.startswith("ratio_") and row[name]}
+        harness.write_csv(tmp_path / path.name, rows, {})
+    page = readme.render((readme.ROOT / "README.md").read_text(), tmp_path)
+    assert page.count("9.25") > 30
+    with pytest.raises(LookupError, match="digits"):
+        readme.render(page.replace("<!-- digits -->", ""))
