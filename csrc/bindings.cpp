@@ -47,6 +47,61 @@ void polar_adam_(const Tensors& weights, const Tensors& grads, const Tensors& ra
                   maximize, retraction, grad_scale, found_inf);
 }
 
+// The lists of a step, which an optimizer keeps from step to step: to convert them from Python costs more than to step
+// small weights. The gradients are those that the parameters have.
+struct StepLists {
+  Tensors params, weights, radius, norm;
+  std::vector<Tensors> state, row_state;  // three: of SGD the momentum, of Adam the averages; the others are empty
+  Tensors telemetry;
+  std::string kind;
+  std::vector<int64_t> dims;
+
+  Tensors grads() const {
+    Tensors grads;
+    grads.reserve(params.size());
+    for (const Tensor& p : params) grads.push_back(p.grad());
+    return grads;
+  }
+};
+
+void lists_sgd_(const StepLists& l, const Tensors& copies, const std::vector<double>& numbers,
+                const std::vector<std::optional<Tensor>>& number_tensors, bool nesterov, bool maximize,
+                string_view retraction, const std::optional<Tensor>& grad_scale,
+                const std::optional<Tensor>& found_inf) {
+  op::polar_sgd_(l.weights, l.grads(), l.radius, l.norm, l.state[0], l.row_state[0], copies, l.telemetry, l.kind, l.dims,
+                 numbers, as_list(number_tensors), nesterov, maximize, retraction, grad_scale, found_inf);
+}
+
+void lists_adam_(const StepLists& l, const Tensors& copies, const std::vector<double>& numbers,
+                 const std::vector<std::optional<Tensor>>& number_tensors, bool decoupled, bool maximize,
+                 string_view retraction, const std::optional<Tensor>& grad_scale,
+                 const std::optional<Tensor>& found_inf) {
+  op::polar_adam_(l.weights, l.grads(), l.radius, l.norm, l.state[0], l.state[1], l.state[2], l.row_state[0],
+                  l.row_state[1], l.row_state[2], copies, l.telemetry, l.kind, l.dims, numbers, as_list(number_tensors),
+                  decoupled, maximize, retraction, grad_scale, found_inf);
+}
+
+// Which parameters have gradients, and of what dtype and layout: what a plan of steps is made for.
+class GradientTypes {
+ public:
+  explicit GradientTypes(Tensors params) : params_(std::move(params)) {
+    for (const Tensor& p : params_) types_.push_back(type_of(p.grad()));
+  }
+  bool unchanged() const {
+    for (size_t i = 0; i < params_.size(); ++i)
+      if (type_of(params_[i].grad()) != types_[i]) return false;
+    return true;
+  }
+
+ private:
+  using Type = std::pair<at::ScalarType, at::Layout>;
+  static Type type_of(const Tensor& grad) {
+    return grad.defined() ? Type(grad.scalar_type(), grad.layout()) : Type(at::ScalarType::Undefined, at::kStrided);
+  }
+  Tensors params_;
+  std::vector<Type> types_;
+};
+
 Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
                         const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
                         const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
@@ -79,6 +134,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "polar_adam_", polar_adam_);
   define(m, "in_backward_linear", op::in_backward_linear);
   define(m, "in_backward_sgd_", in_backward_sgd_);
+  py::class_<StepLists>(m, "StepLists")
+      .def(py::init([](Tensors params, Tensors weights, Tensors radius, Tensors norm, std::vector<Tensors> state,
+                       std::vector<Tensors> row_state, Tensors telemetry, std::string kind, std::vector<int64_t> dims) {
+        state.resize(3);
+        row_state.resize(3);
+        return StepLists{std::move(params), std::move(weights), std::move(radius), std::move(norm), std::move(state),
+                         std::move(row_state), std::move(telemetry), std::move(kind), std::move(dims)};
+      }))
+      .def("sgd_", torch::wrap_pybind_function_no_gil(lists_sgd_))
+      .def("adam_", torch::wrap_pybind_function_no_gil(lists_adam_));
+  py::class_<GradientTypes>(m, "GradientTypes")
+      .def(py::init<Tensors>())
+      .def("unchanged", &GradientTypes::unchanged);
   m.attr("build_info") = build_info();
 }
 

@@ -380,6 +380,10 @@ TORCH_LIBRARY_IMPL(wnkernels, CPU, m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
 }
+TORCH_LIBRARY_IMPL(wnkernels, Autograd, m) {  // the Python function around them records
+  m.impl("in_backward_linear", torch::CppFunction::makeFallthrough());
+  m.impl("in_backward_sgd_", torch::CppFunction::makeFallthrough());
+}
 TORCH_LIBRARY_IMPL(wnkernels, Meta, m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear_meta));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_meta));

@@ -1,9 +1,13 @@
 // Operators of the polar-coordinate steps: lists of weights in, everything updated in place.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/core/GradMode.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "tensors.h"
 
@@ -129,7 +133,9 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
                    w.scalar_type());
   TORCH_CHECK_VALUE(w.is_non_overlapping_and_dense(), "weights must be dense without overlap, got strides ", w.strides(),
                     " for shape ", w.sizes());
-  check_gradient("grads", a.grads[i], w);
+  check_device("grads", a.grads[i], w);
+  TORCH_CHECK_VALUE(a.grads[i].sizes() == w.sizes(), "grads must have the weight's shape ", w.sizes(), ", got ",
+                    a.grads[i].sizes());
   TORCH_CHECK_TYPE(a.copies.empty() ? a.grads[i].scalar_type() == w.scalar_type()
                                     : w.scalar_type() == at::kFloat && is_16bit(a.copies[i].scalar_type()) &&
                                           (a.grads[i].scalar_type() == a.copies[i].scalar_type() ||
@@ -304,6 +310,18 @@ void polar_adam_(TensorList weights, TensorList grads, TensorList radius, Tensor
   else call.run<PolarAdam, false>(found_inf, fill);
 }
 
+// Without a kernel of its own for Autograd, torch boxes every tensor of the lists on the way.
+template <auto step> struct UnderAutograd;
+template <class... Arguments, void (*step)(TensorList, Arguments...)> struct UnderAutograd<step> {
+  static void call(TensorList weights, Arguments... arguments) {
+    TORCH_CHECK(!c10::GradMode::is_enabled() ||
+                    std::none_of(weights.begin(), weights.end(), [](const Tensor& w) { return w.requires_grad(); }),
+                "a polar step overwrites weights and is not differentiable: call it under torch.no_grad()");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    step(weights, arguments...);
+  }
+};
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
@@ -328,6 +346,10 @@ TORCH_LIBRARY_IMPL(wnkernels, Meta, m) { register_steps(m); }
 #if defined(WN_WITH_CUDA)
 TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_steps(m); }
 #endif
+TORCH_LIBRARY_IMPL(wnkernels, Autograd, m) {
+  m.impl("polar_sgd_", TORCH_FN(UnderAutograd<&op::polar_sgd_>::call));
+  m.impl("polar_adam_", TORCH_FN(UnderAutograd<&op::polar_adam_>::call));
+}
 
 namespace op {
 void polar_sgd_(TensorList weights, TensorList grads, TensorList radius, TensorList norm, TensorList momentum_buffers,

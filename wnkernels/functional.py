@@ -205,7 +205,7 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
     numbers = [lr, radius_lr, weight_decay, radius_weight_decay, momentum, 1.0 if first_step else 1.0 - dampening]
     _step("polar_sgd_", (
         weights, grads, radius, norm, momentum_buffers or [], radius_momentum or [], copies or [], telemetry or [],
-        kind, _front_dims(dims, weights), *_numbers_and_tensors(numbers), nesterov, maximize, retraction, grad_scale,
+        kind, front_dims(dims, weights), *numbers_and_tensors(numbers), nesterov, maximize, retraction, grad_scale,
         found_inf,
     ))
 
@@ -234,33 +234,37 @@ def polar_adam_(weights, grads, radius, norm, exp_avg, exp_avg_sq, radius_exp_av
     numbers = [lr, radius_lr, weight_decay, radius_weight_decay, *betas, eps, step]
     _step("polar_adam_", (
         weights, grads, radius, norm, exp_avg, exp_avg_sq, max_exp_avg_sq or [], radius_exp_avg, radius_exp_avg_sq,
-        radius_max_exp_avg_sq or [], copies or [], telemetry or [], kind, _front_dims(dims, weights),
-        *_numbers_and_tensors(numbers), decoupled, maximize, retraction, grad_scale, found_inf,
+        radius_max_exp_avg_sq or [], copies or [], telemetry or [], kind, front_dims(dims, weights),
+        *numbers_and_tensors(numbers), decoupled, maximize, retraction, grad_scale, found_inf,
     ))
 
 
 def _step(name, arguments):
-    weights = arguments[0]
-    if len(weights) and weights[0].device.type not in ("cpu", "meta"):
-        if weights[0].device.type != "cuda" or not _C.build_info["cuda"]:
-            raise NotImplementedError(
-                f"{name}: weights must be on the CPU, or on a CUDA device for a build with CUDA; got {weights[0].device} "
-                "(python -m wnkernels info tells what was built)"
-            )
+    check_device(name, arguments[0])
     if _compiling():
         getattr(_ops, name)(*arguments)
     else:
         getattr(_C, name)(*arguments)
 
 
-def _front_dims(dims, weights):
+def check_device(name, weights):
+    """Raises NotImplementedError where this build has no kernels of the steps for the weights."""
+    if len(weights) and weights[0].device.type not in ("cpu", "meta"):
+        if weights[0].device.type != "cuda" or not _C.build_info["cuda"]:
+            raise NotImplementedError(
+                f"{name}: weights must be on the CPU, or on a CUDA device for a build with CUDA; got {weights[0].device} "
+                "(python -m wnkernels info tells what was built)"
+            )
+
+
+def front_dims(dims, weights):
     """Dims counted from the front, and -1 for None."""
     if len(dims) == len(weights) and None not in dims and min(dims, default=0) >= 0:
         return dims
     return [-1 if dim is None else dim if dim >= 0 else dim + w.ndim for dim, w in zip(dims, weights, strict=True)]
 
 
-def _numbers_and_tensors(values):
+def numbers_and_tensors(values):
     """Numbers with 0 in the place of tensors, and the tensors with None in the place of numbers."""
     tensors = [v if isinstance(v, torch.Tensor) else None for v in values]
     if all(t is None for t in tensors):

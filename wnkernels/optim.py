@@ -48,7 +48,7 @@ from torch.nn.utils import parametrize as torch_parametrize
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from . import functional, parametrize
+from . import _C, functional, parametrize
 from . import nn as layers
 from .autocast_copy import AutocastCopies, autocast_copy
 from .in_backward import InBackward, in_backward
@@ -127,6 +127,7 @@ class _Bucket:
         self.copies = self.marks = self.telemetry = None
         self.rounded = []  # the objects of the optimizer's _copies, whose tensors are the copies
         self.buffers: dict[str, list[Tensor]] = {}  # by their name in the state
+        self.lists = None  # all of these for the kernel, which takes the gradients from the parameters
         self.first = False  # the buffers are fresh, and not yet in the states
         self.step = None  # of Adam: one count on the device, shared by the states
 
@@ -143,8 +144,8 @@ class _Bucket:
 class _Plan:
     """How a group is stepped, for as long as the same parameters have gradients and no option adds or drops state."""
 
-    def __init__(self, key: tuple, present: list) -> None:
-        self.key, self.present = key, present
+    def __init__(self, key: tuple, params: list[Tensor]) -> None:
+        self.key, self.count, self.grads = key, len(params), _C.GradientTypes(params)
         self.plain: list[int] = []
         self.buckets: list[_Bucket] = []
         self.known: list[dict] = []  # all states when the plan was made; others in their place make it void
@@ -158,6 +159,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
 
     # GradScaler hands the scale and its verdict over as the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
+    _buffers: tuple[str, ...] = ()  # the states that are like the weight; "radius_" + name is that of its radius
     _inside = None  # the InBackward that takes the steps
     _copies: dict = {}  # weight -> its 16-bit copy, of autocast_copy
 
@@ -255,23 +257,29 @@ class _PolarOptimizer(torch.optim.Optimizer):
         """The options on which the state depends."""
         raise NotImplementedError
 
-    def _plan(self, number, group: dict, grads: list) -> _Plan:
-        present = [None if grad is None else grad.dtype for grad in grads]
+    def _plan(self, number, group: dict) -> _Plan:
+        params = group["params"]
         key = (group["kind"], group["dim"], group["telemetry"], *self._key(group))
         plan = self._plans.get(number)
-        if plan is not None and plan.key == key and plan.present == present:
+        if plan is not None and plan.key == key and plan.count == len(params) and plan.grads.unchanged():
             if len(self.state) == len(plan.known) and all(map(is_, self.state.values(), plan.known)):
                 return plan
-        if any(g is not None and g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
+        if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("this step sets up state, which a CUDA graph would repeat: take two steps before the capture")
-        plan = self._plans[number] = _Plan(key, present)
+        plan = _Plan(key, params)
         buckets = {}
-        for index, (p, grad) in enumerate(zip(group["params"], grads)):
+        for index, p in enumerate(params):
+            grad = p.grad
             if grad is None:
                 continue
             if not _is_polar(p, group["kind"]):
                 plan.plain.append(index)
                 continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {self._name(group, index)!r} must be dense, got layout {grad.layout}: "
+                    "make the module with sparse=False, or take the parameter in a group of kind=None"
+                )
             state = self._ready(group, index)
             copied = self._copies.get(p)
             where = (p.dtype, grad.dtype, p.device, copied is not None, *self._age(state, group))
@@ -290,7 +298,13 @@ class _PolarOptimizer(torch.optim.Optimizer):
             if group["telemetry"]:
                 bucket.telemetry = [self._telemetry_of(p) for p in bucket.params]
             self._fill(bucket, group)
+            state = [[bucket.buffers.get(prefix + name, []) for name in self._buffers] for prefix in ("", "radius_")]
+            functional.check_device(type(self).__name__, bucket.weights)
+            bucket.lists = _C.StepLists(bucket.params, bucket.weights, bucket.radius, bucket.norm, *state,
+                                        bucket.telemetry or [], group["kind"],
+                                        functional.front_dims(bucket.dims, bucket.weights))
         plan.buckets, plan.known = list(buckets.values()), list(self.state.values())
+        self._plans[number] = plan
         return plan
 
     def _ready(self, group: dict, index: int) -> dict:
@@ -348,21 +362,13 @@ class _PolarOptimizer(torch.optim.Optimizer):
 
     def _step_group(self, number, group: dict) -> None:
         """`number` is the key of the group's plan."""
-        grads = [p.grad for p in group["params"]]
-        plan = self._plan(number, group, grads)
+        plan = self._plan(number, group)
         if plan.plain:
-            self._plain(group, plan.plain, grads)
+            self._plain(group, plan.plain)
         for bucket in plan.buckets:
-            self._polar(number, group, bucket, [grads[i] for i in bucket.indices])
+            self._polar(number, group, bucket)
 
-    def _polar(self, number, group: dict, bucket: _Bucket, grads: list) -> None:
-        layouts = [grad.layout for grad in grads]
-        if layouts.count(torch.strided) < len(layouts):
-            index, layout = next(pair for pair in zip(bucket.indices, layouts) if pair[1] is not torch.strided)
-            raise RuntimeError(
-                f"the gradient of parameter {self._name(group, index)!r} must be dense, got layout {layout}: "
-                "make the module with sparse=False, or take the parameter in a group of kind=None"
-            )
+    def _polar(self, number, group: dict, bucket: _Bucket) -> None:
         grad_scale, found_inf = self._scaling(bucket.params[0].device)
         if bucket.first and group.get("dampening") and found_inf is not None and found_inf.item():
             return  # the next step is the first one, which is not dampened; other steps do not wait for the device
@@ -376,22 +382,10 @@ class _PolarOptimizer(torch.optim.Optimizer):
                 bucket.reread(marks)
         ratio = group["radius_lr_ratio"]
         lr = group["lr"]
-        self._call(
-            group,
-            bucket,
-            grads,
-            kind=group["kind"],
-            dims=bucket.dims,
-            lr=lr,
-            radius_lr=lr if isinstance(ratio, (int, float)) and ratio == 1 else lr * ratio,
-            weight_decay=group["weight_decay"],
-            radius_weight_decay=group["radius_weight_decay"],
-            maximize=group["maximize"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            copies=bucket.copies,
-            telemetry=bucket.telemetry,
-        )
+        radius_lr = lr if isinstance(ratio, (int, float)) and ratio == 1 else lr * ratio
+        numbers = [lr, radius_lr, group["weight_decay"], group["radius_weight_decay"]]
+        options = group["maximize"], group["retraction"], grad_scale, found_inf
+        self._call(group, bucket, numbers, options)
         if bucket.rounded:
             for copied, p, is_true in zip(bucket.rounded, bucket.params, true):
                 if is_true:
@@ -408,13 +402,14 @@ class _PolarOptimizer(torch.optim.Optimizer):
         given = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return [None if x is None else x.to(device, non_blocking=True) for x in given]
 
-    def _call(self, group: dict, bucket: _Bucket, grads: list, **options) -> None:
-        """The functional call; `options` are those that SGD and Adam share."""
+    def _call(self, group: dict, bucket: _Bucket, numbers: list, options: tuple) -> None:
+        """The kernel; `numbers` and `options` are those that SGD and Adam share."""
         raise NotImplementedError
 
-    def _plain(self, group: dict, indices: list, grads: list) -> None:
+    def _plain(self, group: dict, indices: list) -> None:
         """torch's own step on the parameters that have no radius."""
-        params, grads = [group["params"][i] for i in indices], [grads[i] for i in indices]
+        params = [group["params"][i] for i in indices]
+        grads = [p.grad for p in params]
         grad_scale, found_inf = self._scaling(params[0].device)
         # torch's fused functions scale and skip on the device, except that of SGD when it makes its buffers; the others
         # must wait for the verdict.
@@ -619,6 +614,8 @@ class PolarSGD(_PolarOptimizer):
                         f"direction, got {group[option]}"
                     )
 
+    _buffers = ("momentum_buffer",)
+
     def _key(self, group: dict) -> tuple:
         return (group["momentum"] != 0,)
 
@@ -633,21 +630,10 @@ class PolarSGD(_PolarOptimizer):
         for name, tensors in likes.items():
             bucket.buffers[name] = [torch.zeros_like(x) for x in tensors] if bucket.first else bucket.column(name)
 
-    def _call(self, group: dict, bucket: _Bucket, grads: list, **options) -> None:
-        functional.polar_sgd_(
-            bucket.weights,
-            grads,
-            bucket.radius,
-            bucket.norm,
-            bucket.buffers.get("momentum_buffer"),
-            bucket.buffers.get("radius_momentum_buffer"),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            retraction=group["retraction"],
-            first_step=bucket.first,
-            **options,
-        )
+    def _call(self, group: dict, bucket: _Bucket, numbers: list, options: tuple) -> None:
+        numbers += group["momentum"], 1.0 if bucket.first else 1.0 - group["dampening"]
+        numbers = functional.numbers_and_tensors(numbers)
+        bucket.lists.sgd_(bucket.copies or [], *numbers, group["nesterov"], *options)
 
     def _fused(self, group: dict) -> bool:
         return bool(group["fused"] or group["capturable"])
@@ -744,8 +730,10 @@ class PolarAdam(_PolarOptimizer):
     def _key(self, group: dict) -> tuple:
         return (group["amsgrad"],)
 
-    def _names(self, group: dict) -> list[str]:
-        return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    _buffers = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def _names(self, group: dict) -> tuple[str, ...]:
+        return self._buffers if group["amsgrad"] else self._buffers[:2]
 
     def _age(self, state: dict, group: dict) -> tuple:
         return (state["step"].item() if "step" in state else 0.0,)
@@ -765,29 +753,13 @@ class PolarAdam(_PolarOptimizer):
         for state in bucket.states:
             state["step"] = bucket.step
 
-    def _call(self, group: dict, bucket: _Bucket, grads: list, **options) -> None:
-        buffers = bucket.buffers
+    def _call(self, group: dict, bucket: _Bucket, numbers: list, options: tuple) -> None:
         bucket.step.add_(1)
-        if options["found_inf"] is not None:
-            bucket.step.sub_(options["found_inf"])
-        functional.polar_adam_(
-            bucket.weights,
-            grads,
-            bucket.radius,
-            bucket.norm,
-            buffers["exp_avg"],
-            buffers["exp_avg_sq"],
-            buffers["radius_exp_avg"],
-            buffers["radius_exp_avg_sq"],
-            buffers.get("max_exp_avg_sq"),
-            buffers.get("radius_max_exp_avg_sq"),
-            step=bucket.step,
-            betas=group["betas"],
-            eps=group["eps"],
-            decoupled=group["decoupled_weight_decay"],
-            retraction=group["retraction"],
-            **options,
-        )
+        found_inf = options[-1]
+        if found_inf is not None:
+            bucket.step.sub_(found_inf)
+        numbers = functional.numbers_and_tensors([*numbers, *group["betas"], group["eps"], bucket.step])
+        bucket.lists.adam_(bucket.copies or [], *numbers, group["decoupled_weight_decay"], *options)
 
     def _plain_call(self, group: dict, params: list, grads: list, **scaling) -> None:
         names, on_device = self._names(group), group["capturable"] or group["fused"]

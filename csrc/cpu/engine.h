@@ -69,6 +69,8 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
   template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
   template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
+  // Asks for the lines of kLanes elements of every input.
+  WN_INLINE void prefetch(int64_t i) const { prefetch(i, std::index_sequence_for<I...>{}); }
   // Output 0 := factor(output 0), and again in the last output where that is a rounded copy.
   template <class F> WN_INLINE void rescale(int64_t i, F&& factor) const {
     using W = std::tuple_element_t<0, std::tuple<O...>>;
@@ -81,6 +83,13 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
  private:
   template <class B, size_t... k> WN_INLINE void load(int64_t i, B* x, std::index_sequence<k...>) const {
     ((x[k] = static_cast<B>(widen(static_cast<const I*>(in[k])[i]))), ...);
+  }
+  template <size_t... k> WN_INLINE void prefetch(int64_t i, std::index_sequence<k...>) const {
+    constexpr int64_t line = 64;
+    const auto fetch = [&](auto* x) __attribute__((always_inline)) {
+      for (int64_t at = 0; at < kLanes; at += line / static_cast<int64_t>(sizeof(*x))) __builtin_prefetch(x + i + at);
+    };
+    (fetch(static_cast<const I*>(in[k])), ...);
   }
   template <class B, size_t... l> WN_INLINE void store(int64_t i, const B* y, std::index_sequence<l...>) const {
     ((static_cast<O*>(out[l])[i] = narrow<O>::from(y[l])), ...);
@@ -115,9 +124,11 @@ template <int width, class A> WN_INLINE A tree(A* lanes) {
   return lanes[0];
 }
 
-// sums[p] = the sum over a piece of what terms(i, x, add) adds by add(p, term), for each element x, the i-th.
+// sums[p] = the sum over a piece of what terms(i, x, add) adds by add(p, term), for each element x, the i-th. On the way
+// the elements `ahead` of these are prefetched, unless that is 0.
 template <int count, class Formula, class E, class F>
-WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms) {
+WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms,
+                            int64_t ahead = 0) {
   using A = typename E::A;
   A lanes[count][kLanes];
   const auto load = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
@@ -139,6 +150,7 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
       for (int lane = 0; lane < kLanes; ++lane) lanes[p][lane] = 0;
   }
   for (; i + kLanes <= end; i += kLanes) {
+    if (ahead != 0) elements.prefetch(i + ahead);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
   }
@@ -158,9 +170,10 @@ template <class Formula, class A, class F> WN_INLINE void for_residuals(const A*
   static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { add(p, term[p]); });
 }
 
+// A pass that advances computes more than it waits for memory, which can fetch the next row meanwhile.
 template <class Formula, bool advance, class E>
-WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients,
-                                        typename E::A* sums) {
+WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, int64_t next_row,
+                                        const typename E::A* coefficients, typename E::A* sums) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
@@ -174,7 +187,7 @@ WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_
     } else {
       for_residuals<Formula>(c, x, add);
     }
-  });
+  }, advance ? next_row : 0);
 }
 
 template <class Formula, class E>
@@ -310,7 +323,7 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
     if (needed) {
       double totals[Formula::residuals] = {};
       for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) {
-        residuals_of_range<Formula, advance>(elements, begin, end, c, residuals);
+        residuals_of_range<Formula, advance>(elements, begin, end, problem.layout.inner, c, residuals);
         for (int p = 0; p < Formula::residuals; ++p) totals[p] += residuals[p];
       });
       for (int p = 0; p < Formula::residuals; ++p) residuals[p] = static_cast<A>(totals[p]);
