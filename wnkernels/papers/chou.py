@@ -476,7 +476,7 @@ def figures(results, folder):
         axis.set(xscale="log", yscale="log", xlabel=f"step of gradient descent, lr {LR}", ylabel="||x - x*||/||x*||",
                  title="alpha = 0.1, L = 2")
         axis.legend()
-        save(figure, "chou-recovery.png")
+        save(figure, "chou_recovery.png")
     if "chou_flow_errors" in results:
         errors = results["chou_flow_errors"]
         alphas = sorted({alpha for _, alpha in errors})
@@ -488,7 +488,7 @@ def figures(results, folder):
         axis.set(xscale="log", yscale="log", xlabel="scale of the start, alpha", ylabel="||x - x*||/||x*||",
                  title=f"gradient flow to T = {TIME:g}, L = 2")
         axis.legend()
-        save(figure, "chou-scales.png")
+        save(figure, "chou_scales.png")
     if "chou_grid" in results:
         rows = results["chou_grid"]
         alphas, etas = (sorted({row[name] for row in rows}) for name in ("alpha", "eta"))
@@ -500,4 +500,4 @@ def figures(results, folder):
             image = axis.pcolormesh(alphas, etas, np.reshape(values, (len(alphas), len(etas))).T, shading="nearest")
             figure.colorbar(image, ax=axis)
             axis.set(xscale="log", yscale="log", xlabel="alpha", ylabel="ratio of the rates, eta", title=title)
-        save(figure, "chou-grid.png")
+        save(figure, "chou_grid.png")

@@ -402,7 +402,7 @@ def figures(results, folder):
             axis.plot(*targets[name], "k*", markersize=12, label="least norm")
             axis.set(title=name, xlabel="coefficient 1", ylabel="coefficient 2")
         axes[0].legend(fontsize=8)
-        save(figure, "yun-regression.png")
+        save(figure, "yun_regression.png")
     if "yun_q" in results:
         rows = [row for row in results["yun_q"] if row["lr"] == 1e-3]
         figure, axes = plt.subplots(1, len(ETAS), figsize=(9, 4), layout="constrained")
@@ -415,7 +415,7 @@ def figures(results, folder):
                 axis.plot([row["alpha"] for row in mine], [row["limit"][0] for row in mine], "o", color=f"C{k}")
             axis.set(title=f"eta = {eta}", xscale="log", xlabel="alpha", ylabel="coefficient 1 of the limit")
         axes[0].legend(fontsize=8)
-        save(figure, "yun-limits.png")
+        save(figure, "yun_limits.png")
     if "yun_angles" in results:
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         for k, (name, angles) in enumerate(results["yun_angles"].items()):
@@ -423,4 +423,4 @@ def figures(results, folder):
             axis.plot(MARGINS, np.median(angles, 0), color=f"C{k}", linewidth=2.5, label=name)
         axis.set(xscale="log", yscale="log", xlabel="least margin", ylabel="angle to the max-margin direction, degrees")
         axis.legend(fontsize=8)
-        save(figure, "yun-angles.png")
+        save(figure, "yun_angles.png")
