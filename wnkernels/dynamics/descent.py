@@ -9,7 +9,7 @@ lowered.
 
 Many instances of one small problem are one problem: their neurons are the rows of one weight. With
 ``instances=E`` the first R/E rows of each weight belong to the first instance, and so on; each has its own
-rate and its own verdict.
+rate and its own verdict, and may have its own kind.
 """
 
 import math
@@ -131,8 +131,10 @@ class PolarWeights:
                 views[i] = part.view(tensors[i].shape)
             owner = None
             if self.instances > 1:  # of each entry of the buffer
-                owners = (torch.arange(self.instances, device=buffer.device)[spans[i]] for i in chosen)
-                owner = torch.cat([o.repeat_interleave(views[i].numel() // len(o)) for i, o in zip(chosen, owners)])
+                everyone = torch.arange(self.instances, device=buffer.device)
+                owners = [everyone[spans[i]] for i in chosen]
+                each = [views[i].numel() // len(o) for i, o in zip(chosen, owners)]
+                owner = torch.cat([o.repeat_interleave(n) for o, n in zip(owners, each)])
             self._state.append((buffer, owner))
         return views
 
@@ -437,7 +439,7 @@ def normalized_descent(
         levels: values of log L at which the weights are kept; one instance only.
         callback: (step, log L, point, gradients over L), called at the start, and after each step that was
             accepted; with several instances after each step.
-        shrink: take instances that have ended out of the batch, without a callback. The objective must then be
+        shrink: take instances that have ended out of the batch, without a callback. The objective must be
             one of any number of instances, the same for all of them; `point` is not stepped to the end.
 
     Returns: a `Descent`.
@@ -469,18 +471,17 @@ def normalized_descent(
             torch.as_tensor(x, dtype=log_loss.dtype, device=log_loss.device).expand(point.instances)
             for x in (lr, lr_cap, power)
         )
-        return _descend_many(
-            objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, callback,
-            shrink,
-        )
-    lr, lr_cap, power = (float(x) for x in (lr, lr_cap, power))
-    return _descend_one(
-        objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback
+        descend, last = _descend_many, (callback, shrink)
+    else:
+        lr, lr_cap, power = (float(x) for x in (lr, lr_cap, power))
+        descend, last = _descend_one, (callback, levels)
+    return descend(
+        objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, *last
     )
 
 
 def _descend_one(
-    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback
+    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, callback, levels
 ):
     snapshots, pending = {}, sorted(levels, reverse=True)
     value, step = log_loss.item(), 0
