@@ -896,7 +896,7 @@ def pruning_claims(options: Options) -> Iterator[Claim]:
         each = numbers((accuracy["ewn", seed][0.8] for seed in PRUNING_SEEDS), "{:.1f}")
         yield Claim(
             "P0-10",
-            "accuracy of EWN with 80% of the neurons pruned, mean of the seeds",
+            f"accuracy of EWN with 80% of the neurons pruned, mean of {seeds}",
             "",
             f"{ewn:.2f} ({each})",
             ">= 93",
