@@ -363,6 +363,20 @@ def test_xor_from_the_public_interface(kind, share):
     assert run.reached and share[0] <= (square.topk(4).values.sum() / square.sum()).item() <= share[1]
 
 
+def test_linsep_from_the_public_interface():
+    """To a loss of e^-300, where all neurons that are alive are anti-parallel to their gradients."""
+    data = read_data("linsep")
+    x, y = (torch.tensor(data[key], dtype=F64) for key in ("x", "y"))
+    layers = [torch.tensor(data[key], dtype=F64) for key in ("w1", "w2")]
+    fall = objective(lambda w: y * (torch.relu(x @ w[0].T).square() @ w[1][0]), losses.logistic)
+    run = normalized_descent(fall, polar_weights(layers, "ewn"), lr=0.01, lr_cap=0.01, frac=30, stop=-300)
+    log_loss, gradients = fall(run.weights)
+    assert run.reached and log_loss <= -300
+    for w, G in zip(run.weights, gradients):
+        alive = w.norm(dim=1) >= w.norm(dim=1).max() / 2
+        assert (torch.cosine_similarity(w, G)[alive] <= -0.96).all()
+
+
 def test_stages_divide_the_rate_and_rescale():
     layer = nn.Linear(3, 4, bias=False, dtype=F64)
     optimizer = wnkernels.optim.PolarSGD(layer.parameters(), lr=1.0, momentum=0.5, weight_decay=0.1)

@@ -164,7 +164,7 @@ def test_trajectories_conserve_their_invariant():
 
 # ----------------------------------------------------------------------------------------------- claims of P0
 
-QUICK = ("P0-1", "P0-2", "P0-3", "P0-4", "P0-6", "P0-7")
+QUICK = ("P0-1", "P0-2", "P0-3", "P0-4", "P0-5", "P0-6", "P0-7")
 
 
 @pytest.mark.parametrize("name", QUICK)
