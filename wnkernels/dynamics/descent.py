@@ -338,8 +338,6 @@ def polar_weights(
     if not 0 <= radius_lr_ratio < math.inf:
         raise ValueError(f"radius_lr_ratio must be at least 0 and finite, got {radius_lr_ratio}")
     weights = list(weights)
-    if isinstance(kind, dict) and (min(kind.values(), default=0) < 1 or sum(kind.values()) != instances):
-        raise ValueError(f"kind must have counts above 0 that sum to instances={instances}, got {kind}")
     kinds = list(kind) if isinstance(kind, (list, tuple)) else [kind] * len(weights)
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims] * len(weights)
     if not len(weights) == len(kinds) == len(dims):
@@ -352,6 +350,8 @@ def polar_weights(
             raise TypeError(
                 f"weights[{i}] must be a tensor of float32 or float64, got {getattr(w, 'dtype', type(w))}"
             )
+        if isinstance(k, dict) and (min(k.values(), default=0) < 1 or sum(k.values()) != instances):
+            raise ValueError(f"kind must have counts above 0 that sum to instances={instances}, got {k}")
         for name in k if isinstance(k, dict) else [k]:
             if name not in KINDS:
                 raise ValueError(f"kind must be 'swn', 'ewn' or None, got {name!r}")
