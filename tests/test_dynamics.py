@@ -251,22 +251,27 @@ def separable(E, n=6, d=3):
     return log_domain
 
 
-@pytest.mark.parametrize("kind", ["swn", "ewn", None])
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("kind", ["swn", "ewn", None, {"ewn": 1, None: 2, "swn": 2}])
 @pytest.mark.parametrize("backend", ["wnkernels", "torch"])
-def test_many_instances_are_each_alone(kind, backend):
+def test_many_instances_are_each_alone(kind, backend, shrink):
+    """With rates below the edge of stability, where rounding is not amplified."""
     log_domain, start = separable(5), randn(5, 3)
-    options = dict(lr=0.1, lr_cap=1.0, frac=8, stop=-20.0, max_steps=2000)
-    many = normalized_descent(
-        log_domain, polar_weights([start], kind, instances=5, backend=backend), **options
-    )
-    assert many.reached.all() and (many.log_loss <= -20).all()
+    frac, cap = torch.tensor([1.0, 2.0, 1.5, 3.0, 1.2], dtype=F64), torch.linspace(0.1, 0.2, 5, dtype=F64)
+    options = dict(lr=0.1, stop=-2.0, max_steps=400)
+    point = polar_weights([start], kind, instances=5, backend=backend)
+    many = normalized_descent(log_domain, point, lr_cap=cap, frac=frac, shrink=shrink, **options)
+    assert many.reached.any() and len(set(many.steps.tolist())) > 1  # some end before the others
+    assert torch.equal(many.reached, many.log_loss <= -2)
+    kinds = [k for k, count in kind.items() for _ in range(count)] if isinstance(kind, dict) else [kind] * 5
     for i in range(5):
 
         def alone(weights):
             log_loss, grads = log_domain(weights)
             return log_loss[0], grads
 
-        one = normalized_descent(alone, polar_weights([start[i : i + 1]], kind, backend=backend), **options)
+        point = polar_weights([start[i : i + 1]], kinds[i], backend=backend)
+        one = normalized_descent(alone, point, lr_cap=cap[i].item(), frac=frac[i].item(), **options)
         assert one.steps == many.steps[i] and one.lr.item() == pytest.approx(many.lr[i].item())
         torch.testing.assert_close(one.weights[0][0], many.weights[0][i], rtol=1e-8, atol=1e-10)
 
@@ -307,6 +312,7 @@ def test_descent_refuses():
         ({"frac": 0.5}, "frac must be"),
         ({"lr": 0.0}, "lr must be"),
         ({"levels": (-1.0,)}, "levels must be empty"),
+        ({"shrink": True, "callback": print}, "callback must be None"),
     ):
         E = 2 if "levels" in change else 1
         point = polar_weights([randn(E, 3)], "swn", instances=E)
@@ -324,6 +330,8 @@ def test_descent_refuses():
         ({"norm": -1.0}, "norm must be"),
         ({"retraction": "geodesic", "backend": "torch"}, "retraction must be"),
         ({"instances": 2}, "instances=2"),
+        ({"instances": 3, "kind": {"swn": 2}}, "kind must have counts above 0 that sum to instances=3"),
+        ({"instances": 3, "kind": {"swn": 2, "unit": 1}}, "kind must be 'swn', 'ewn' or None, got 'unit'"),
         ({"telemetry": True, "backend": "torch"}, "telemetry must be"),
         ({"dims": [0, 0]}, "one entry for each"),
     ):
@@ -353,6 +361,20 @@ def test_xor_from_the_public_interface(kind, share):
     )
     square = run.weights[0].square().sum(1)
     assert run.reached and share[0] <= (square.topk(4).values.sum() / square.sum()).item() <= share[1]
+
+
+def test_linsep_from_the_public_interface():
+    """To a loss of e^-300, where all neurons that are alive are anti-parallel to their gradients."""
+    data = read_data("linsep")
+    x, y = (torch.tensor(data[key], dtype=F64) for key in ("x", "y"))
+    layers = [torch.tensor(data[key], dtype=F64) for key in ("w1", "w2")]
+    fall = objective(lambda w: y * (torch.relu(x @ w[0].T).square() @ w[1][0]), losses.logistic)
+    run = normalized_descent(fall, polar_weights(layers, "ewn"), lr=0.01, lr_cap=0.01, frac=30, stop=-300)
+    log_loss, gradients = fall(run.weights)
+    assert run.reached and log_loss <= -300
+    for w, G in zip(run.weights, gradients):
+        alive = w.norm(dim=1) >= w.norm(dim=1).max() / 2
+        assert (torch.cosine_similarity(w, G)[alive] <= -0.96).all()
 
 
 def test_stages_divide_the_rate_and_rescale():

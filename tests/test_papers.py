@@ -164,7 +164,7 @@ def test_trajectories_conserve_their_invariant():
 
 # ----------------------------------------------------------------------------------------------- claims of P0
 
-QUICK = ("P0-1", "P0-2", "P0-3", "P0-4", "P0-6", "P0-7")
+QUICK = ("P0-1", "P0-2", "P0-3", "P0-4", "P0-5", "P0-6", "P0-7")
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -177,6 +177,17 @@ def test_claims_of_seconds_hold(name):
             [],
             ["holds"],
         )
+
+
+def test_one_batch_of_xor_is_its_instances_one_by_one():
+    start = torch.stack([morwani.xor_start(seed) for seed in (2, 3)])
+    run = morwani.xor(start, morwani.KINDS, "wnkernels")
+    rows = run.weights[0].view(len(morwani.KINDS), len(start), -1, 2)
+    for k, kind in enumerate(morwani.KINDS):
+        for i, w in enumerate(start):
+            one = morwani.xor(w[None], [kind], "wnkernels")
+            assert one.reached and run.reached[2 * k + i] and one.steps == run.steps[2 * k + i]
+            torch.testing.assert_close(one.weights[0], rows[k, i], rtol=1e-8, atol=1e-10)
 
 
 def test_an_experiment_that_is_wrong_does_not_hold(monkeypatch):

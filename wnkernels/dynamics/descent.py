@@ -9,10 +9,11 @@ lowered.
 
 Many instances of one small problem are one problem: their neurons are the rows of one weight. With
 ``instances=E`` the first R/E rows of each weight belong to the first instance, and so on; each has its own
-rate and its own verdict.
+rate and its own verdict, and may have its own kind.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,77 +35,150 @@ __all__ = [
 
 KINDS = (None, "swn", "ewn")
 GAIN = 1e-3  # what log L must fall by in `patience` steps
+SHRINK = 0.9  # a batch is made anew when at most this share of it still runs
 RETRACTIONS = {"wnkernels": ("project", "renormalize", "geodesic"), "torch": ("project", "renormalize")}
 
 
 # --------------------------------------------------------------------------------------- weights and one step
 
 
+@dataclass
+class _Part:
+    """The rows of a weight that are of one kind: views of the weight and of what belongs to it.
+
+    rows: None for all. instances: the range of the instances whose rows they are.
+    """
+
+    index: int
+    kind: str | None
+    dim: int | None
+    rows: slice | None
+    instances: slice
+    weight: Tensor
+    radius: Tensor | None = None
+    norm: Tensor | None = None
+    telemetry: Tensor | None = None
+
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """These rows of a tensor that has all of the weight's."""
+        return x if x is None or self.rows is None else x[self.rows]
+
+
 class PolarWeights:
     """Weights with their polar coordinates, stepped by the fused polar step. `polar_weights` makes one.
 
     weights: the weights w, which keep their identity. radius, norm: for each (R,) float64, g or alpha and
-    |v|; None for a plain weight. telemetry: for each (R, 5) as of `functional.polar_sgd_`, or None.
+    |v|; None for a plain weight, and NaN in the plain rows of one that has others too. telemetry: for each
+    (R, 5) as of `functional.polar_sgd_`, or None.
     """
 
     def __init__(self, weights, kinds, dims, norm, radius_lr_ratio, retraction, instances, telemetry) -> None:
-        self.weights, self.kinds, self.dims, self.instances = weights, kinds, dims, instances
+        self.kinds, self.dims, self.instances = kinds, dims, instances
         self.radius_lr_ratio, self.retraction = radius_lr_ratio, retraction
-        self.radius, self.norm, self.telemetry = [], [], []
-        for w, kind, dim in zip(weights, kinds, dims):
-            if kind is None:
-                parts = None, None, None
-            else:
+        radius, norms, tables = [], [], []
+        for i, (w, kind, dim) in enumerate(zip(weights, kinds, dims)):
+            parts = None, None, None
+            if kind is not None:
                 length = functional.row_norm(w, dim).double().reshape(-1)
-                n = length.clone() if norm == "weight" else torch.full_like(length, norm)
+                if isinstance(norm, list):
+                    n = norm[i]
+                else:
+                    n = length.clone() if norm == "weight" else torch.full_like(length, norm)
                 table = torch.full((len(length), 5), math.nan, dtype=torch.float64, device=w.device)
-                parts = length.log() if kind == "ewn" else length, n, table if telemetry else None
-            for column, part in zip((self.radius, self.norm, self.telemetry), parts):
+                parts = length, n, table if telemetry else None
+            for column, part in zip((radius, norms, tables), parts):
                 column.append(part)
+        everyone, count = slice(0, instances), len(weights)
+        shared = self._share([*weights, *radius, *norms], [everyone] * 3 * count)
+        self.weights, self.radius, self.norm = shared[:count], shared[count:-count], shared[-count:]
+        self.telemetry = tables
+        self._parts = [part for i in range(count) for part in self._split(i)]
         # One call of the kernel takes all weights of a kind.
-        self._calls = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in dict.fromkeys(kinds)}
+        self._calls = {part.kind: [p for p in self._parts if p.kind == part.kind] for part in self._parts}
         self._saved = None
+
+    def _split(self, i: int) -> list[_Part]:
+        w, kind = self.weights[i], self.kinds[i]
+        if not isinstance(kind, dict):
+            kind = {kind: self.instances}
+        each, first, parts = w.shape[0] // self.instances, 0, []
+        for name, count in kind.items():
+            last = first + count
+            rows = None if count == self.instances else slice(each * first, each * last)
+            part = _Part(i, name, self.dims[i], rows, slice(first, last), w if rows is None else w[rows])
+            part.radius, part.norm, part.telemetry = (
+                part.of(column[i]) for column in (self.radius, self.norm, self.telemetry)
+            )
+            if name == "ewn":
+                part.radius.log_()
+            elif name is None and part.radius is not None:
+                part.radius.fill_(math.nan), part.norm.fill_(math.nan)
+            parts.append(part)
+            first = last
+        return parts
+
+    def _share(self, tensors: Sequence[Tensor | None], spans: Sequence[slice]) -> list[Tensor | None]:
+        """The tensors as views of one buffer for each dtype, so that one copy remembers them all.
+
+        spans: the instances whose rows each tensor has. None stays None.
+        """
+        views, self._state = list(tensors), []
+        present = [i for i, x in enumerate(tensors) if x is not None]
+        for dtype in dict.fromkeys(tensors[i].dtype for i in present):
+            chosen = [i for i in present if tensors[i].dtype == dtype]
+            buffer = torch.cat([tensors[i].reshape(-1) for i in chosen])
+            for i, part in zip(chosen, buffer.split([tensors[i].numel() for i in chosen])):
+                views[i] = part.view(tensors[i].shape)
+            owner = None
+            if self.instances > 1:  # of each entry of the buffer
+                everyone = torch.arange(self.instances, device=buffer.device)
+                owners = [everyone[spans[i]] for i in chosen]
+                each = [views[i].numel() // len(o) for i, o in zip(chosen, owners)]
+                owner = torch.cat([o.repeat_interleave(n) for o, n in zip(owners, each)])
+            self._state.append((buffer, owner))
+        return views
 
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
         """One step of descent. grads: dL/dw of each weight. lr: a number, or (E,) for E instances."""
-        for kind, indices in self._calls.items():
-            if kind is None:
-                for i in indices:
-                    self.weights[i].sub_(
-                        grads[i] * _as_factor(_rates(lr, grads[i], self.instances), grads[i])
-                    )
-            elif (
-                isinstance(lr, Tensor) and lr.numel() > 1
-            ):  # the kernel takes rates of rows beside one weight
-                for i in indices:
-                    self._polar(kind, [i], grads, _rates(lr, grads[i], self.instances))
+        many = isinstance(lr, Tensor) and lr.numel() > 1
+        rates = self._rates(lr) if many else None
+        for kind, parts in self._calls.items():
+            some = [part.of(grads[part.index]) for part in parts]
+            if many or kind is None:  # the kernel takes rates of rows beside one weight
+                for part, grad in zip(parts, some):
+                    rate = part.of(rates[part.index]) if many else lr
+                    if kind is None:
+                        part.weight.sub_(grad * _as_factor(rate, grad))
+                    else:
+                        self._polar(kind, [part], [grad], rate)
             else:
-                self._polar(kind, indices, grads, lr)
+                self._polar(kind, parts, some, lr)
 
-    def _polar(self, kind, indices, grads, lr) -> None:
-        def pick(column):
-            return [column[i] for i in indices]
+    def _rates(self, lr: Tensor) -> list[Tensor]:
+        """A rate of each instance as one of each row, for each weight."""
+        return [lr.repeat_interleave(len(w) // self.instances) for w in self.weights]
 
-        telemetry = pick(self.telemetry)
+    def _polar(self, kind, parts, grads, lr) -> None:
         functional.polar_sgd_(
-            pick(self.weights),
-            [grads[i].contiguous() for i in indices],
-            pick(self.radius),
-            pick(self.norm),
+            [part.weight for part in parts],
+            [grad.contiguous() for grad in grads],
+            [part.radius for part in parts],
+            [part.norm for part in parts],
             kind=kind,
-            dims=pick(self.dims),
+            dims=[part.dim for part in parts],
             lr=lr,
-            radius_lr=lr * self.radius_lr_ratio,
+            radius_lr=lr if self.radius_lr_ratio == 1 else lr * self.radius_lr_ratio,
             retraction=self.retraction,
-            telemetry=None if telemetry[0] is None else telemetry,
+            telemetry=None if parts[0].telemetry is None else [part.telemetry for part in parts],
         )
-
-    def _state(self) -> list[Tensor]:
-        return [x for x in (*self.weights, *self.radius, *self.norm) if x is not None]
 
     def snapshot(self) -> None:
         """Remembers all weights and coordinates. One snapshot is kept, the last."""
-        self._saved = [x.clone() for x in self._state()]
+        if self._saved is None:
+            self._saved = [buffer.clone() for buffer, _ in self._state]
+        else:
+            for saved, (buffer, _) in zip(self._saved, self._state):
+                saved.copy_(buffer)
 
     def rollback(self, instances: Tensor | None = None) -> None:
         """Puts everything, or the instances where the (E,) bool tensor is true, back to the snapshot.
@@ -113,11 +187,35 @@ class PolarWeights:
         """
         if self._saved is None:
             raise RuntimeError("rollback() needs a snapshot(): none was taken")
-        for x, saved in zip(self._state(), self._saved):
+        for saved, (buffer, owner) in zip(self._saved, self._state):
             if instances is None:
-                x.copy_(saved)
+                buffer.copy_(saved)
             else:
-                _choose(instances, saved, x, out=x)
+                undone = instances if owner is None else instances.index_select(0, owner)
+                torch.where(undone, saved, buffer, out=buffer)
+
+    def take(self, instances: Tensor) -> "PolarWeights":
+        """A new point that has only these instances, (K,) int64, increasing; telemetry starts anew."""
+
+        def rows(x):
+            return None if x is None else x.view(self.instances, -1)[instances].view(-1, *x.shape[1:])
+
+        chosen, kinds = instances.tolist(), []
+        for kind in self.kinds:
+            if isinstance(kind, dict):
+                owners = [name for name, count in kind.items() for _ in range(count)]
+                kind = dict(Counter(owners[i] for i in chosen))
+            kinds.append(kind)
+        return type(self)(
+            [rows(w) for w in self.weights],
+            kinds,
+            self.dims,
+            [rows(n) for n in self.norm],
+            self.radius_lr_ratio,
+            self.retraction,
+            len(chosen),
+            any(table is not None for table in self.telemetry),
+        )
 
 
 class TorchWeights(PolarWeights):
@@ -128,70 +226,68 @@ class TorchWeights(PolarWeights):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self._leaves = []
-        for w, kind, dim, radius, norm in zip(self.weights, self.kinds, self.dims, self.radius, self.norm):
-            if kind is None:
-                self._leaves.append([w])
-                continue
-            shape = layers.radius_shape(w, dim)
-            v = w / _length(w, dim) * norm.to(w.dtype).reshape(shape)
-            self._leaves.append(
-                [radius.to(w.dtype).reshape(shape).clone().requires_grad_(), v.requires_grad_()]
-            )
+        leaves, spans = [], []
+        for part in self._parts:
+            w = part.weight
+            if part.kind is not None:
+                shape = layers.radius_shape(w, part.dim)
+                leaves.append(part.radius.to(w.dtype).reshape(shape))
+                w = w / _length(w, part.dim) * part.norm.to(w.dtype).reshape(shape)
+            leaves.append(w)
+            spans += [part.instances] * (1 if part.kind is None else 2)
+        # Leaves with version counters of their own: a graph must not notice what happens to its neighbours.
+        leaves = (x.data for x in self._share(leaves, spans))
+        self._leaves = [
+            [next(leaves)] if part.kind is None else [next(leaves).requires_grad_() for _ in range(2)]
+            for part in self._parts
+        ]
         self._compute()
 
     @torch.enable_grad()
     def _compute(self) -> None:
         self._graphs = []
-        for i, (leaves, kind, dim) in enumerate(zip(self._leaves, self.kinds, self.dims)):
-            if kind is None:
-                self._graphs.append(leaves[0])
-                continue
-            radius, v = leaves
-            length = _length(v, dim)
-            self._graphs.append((radius.exp() if kind == "ewn" else radius) * (v / length))
-            self.radius[i], self.norm[i] = radius.detach().reshape(-1), length.detach().reshape(-1)
-        self.weights = [w.detach() for w in self._graphs]
+        columns = [[[] for _ in self.kinds] for _ in range(3)]
+        for part, leaves in zip(self._parts, self._leaves):
+            if part.kind is None:
+                w, values = leaves[0], (part.radius, part.norm)
+            else:
+                radius, v = leaves
+                length = _length(v, part.dim)
+                w = (radius.exp() if part.kind == "ewn" else radius) * (v / length)
+                values = radius.detach().reshape(-1), length.detach().reshape(-1)
+            self._graphs.append(w)
+            for column, x in zip(columns, (w.detach(), *values)):
+                column[part.index].append(x)
+        self.weights, self.radius, self.norm = (
+            [xs[0] if len(xs) == 1 else torch.cat(xs) for xs in column] for column in columns
+        )
 
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
-        for leaves, graph, grad, dim, norm in zip(self._leaves, self._graphs, grads, self.dims, self.norm):
-            rate = _rates(lr, grad, self.instances)
-            polar = len(leaves) == 2
-            slopes = torch.autograd.grad(graph, leaves, grad) if polar else [grad]
-            rates = (rate * self.radius_lr_ratio, rate) if polar else (rate,)
+        many = isinstance(lr, Tensor) and lr.numel() > 1
+        rows = self._rates(lr) if many else None
+        for part, leaves, graph in zip(self._parts, self._leaves, self._graphs):
+            grad, rate = part.of(grads[part.index]), part.of(rows[part.index]) if many else lr
+            if part.kind is None:
+                slopes, rates = [grad], [rate]
+            else:
+                slopes, rates = torch.autograd.grad(graph, leaves, grad), [rate * self.radius_lr_ratio, rate]
             with torch.no_grad():
+                before = _length(leaves[-1], part.dim) if self.retraction == "renormalize" else None
                 for leaf, slope, rate in zip(leaves, slopes, rates):
                     leaf.sub_(slope * _as_factor(rate, slope))
-                if polar and self.retraction == "renormalize":
-                    leaves[1].mul_(norm.reshape(leaves[0].shape) / _length(leaves[1], dim))
+                if part.kind is not None and self.retraction == "renormalize":
+                    leaves[1].mul_(before / _length(leaves[1], part.dim))
         self._compute()
-
-    def _state(self) -> list[Tensor]:
-        return [leaf.detach() for leaves in self._leaves for leaf in leaves]
 
     def rollback(self, instances: Tensor | None = None) -> None:
         super().rollback(instances)
         self._compute()
 
 
-def _rates(lr: float | Tensor, x: Tensor, instances: int) -> float | Tensor:
-    """A rate of each instance as one of each row of x."""
-    if not isinstance(lr, Tensor) or lr.numel() == 1:
-        return lr
-    return lr[:, None].expand(instances, x.shape[0] // instances).reshape(-1)
-
-
 def _as_factor(rates: float | Tensor, x: Tensor) -> float | Tensor:
     """Rates of the rows of x, to be multiplied with it."""
     many = isinstance(rates, Tensor) and rates.numel() > 1
     return rates.view(-1, *[1] * (x.ndim - 1)) if many else rates
-
-
-def _choose(condition: Tensor, x: Tensor, y: Tensor, **out) -> Tensor:
-    """torch.where for the rows of instances: x where the (E,) condition is true, else y."""
-    E = len(condition)
-    out = {name: tensor.view(E, -1) for name, tensor in out.items()}
-    return torch.where(condition[:, None], x.reshape(E, -1), y.reshape(E, -1), **out).view(y.shape)
 
 
 def _length(v: Tensor, dim: int | None) -> Tensor:
@@ -202,7 +298,7 @@ def _length(v: Tensor, dim: int | None) -> Tensor:
 
 def polar_weights(
     weights: Sequence[Tensor],
-    kind: str | None | Sequence[str | None],
+    kind: str | None | Sequence[str | None] | dict[str | None, int],
     *,
     dims: int | None | Sequence[int | None] = 0,
     norm: float | str = 1.0,
@@ -216,7 +312,8 @@ def polar_weights(
 
     Args:
         weights: tensors, float32 or float64.
-        kind: "swn", "ewn" or None (plain descent on w), or one for each weight.
+        kind: "swn", "ewn" or None (plain descent on w), or one for each weight. Or a dict, how many of the
+            instances are of each kind, in this order.
         dims: the dim of rows, or None for one radius of the whole weight, or one for each weight.
         norm: |v| of all rows to start with, or "weight" for |w|.
         radius_lr_ratio: the rate of the radius over that of the direction.
@@ -253,8 +350,11 @@ def polar_weights(
             raise TypeError(
                 f"weights[{i}] must be a tensor of float32 or float64, got {getattr(w, 'dtype', type(w))}"
             )
-        if k not in KINDS:
-            raise ValueError(f"kind must be 'swn', 'ewn' or None, got {k!r}")
+        if isinstance(k, dict) and (min(k.values(), default=0) < 1 or sum(k.values()) != instances):
+            raise ValueError(f"kind must have counts above 0 that sum to instances={instances}, got {k}")
+        for name in k if isinstance(k, dict) else [k]:
+            if name not in KINDS:
+                raise ValueError(f"kind must be 'swn', 'ewn' or None, got {name!r}")
         dims[i] = layers.check_dim(dims[i], w)
         if instances > 1 and (dims[i] != 0 or w.shape[0] % instances):
             raise ValueError(
@@ -311,15 +411,16 @@ def normalized_descent(
     objective: Callable,
     point: PolarWeights,
     *,
-    lr: float,
-    lr_cap: float,
-    frac: float,
+    lr: float | Tensor,
+    lr_cap: float | Tensor,
+    frac: float | Tensor,
     stop: float,
     max_steps: int = 1_000_000,
     patience: int = 0,
     factor: float = 1.1,
     levels: Sequence[float] = (),
     callback: Callable | None = None,
+    shrink: bool = False,
 ) -> Descent:
     """Descent with the rate lr L^(1/frac - 1), where lr grows with each accepted step and else falls.
 
@@ -329,7 +430,7 @@ def normalized_descent(
         objective: list of weights -> (log L, [(dL/dw)/L]), with log L () or (E,) for E instances.
         point: where to start; stepped in place.
         lr, lr_cap, factor: lr is multiplied by `factor` after an accepted step while it is below lr_cap, and
-            divided by it after an undone one.
+            divided by it after an undone one. lr and lr_cap, and frac, may be (E,), one for each instance.
         frac: 0 for the rate lr/L.
         stop: the log L at which to end.
         max_steps: the most steps to try.
@@ -338,14 +439,17 @@ def normalized_descent(
         levels: values of log L at which the weights are kept; one instance only.
         callback: (step, log L, point, gradients over L), called at the start, and after each step that was
             accepted; with several instances after each step.
+        shrink: take instances that have ended out of the batch, without a callback. The objective must be
+            one of any number of instances, the same for all of them; `point` is not stepped to the end.
 
     Returns: a `Descent`.
 
     Raises: ValueError for an argument that is not as above, and for a loss that is not finite at the start.
     """
-    if frac != 0 and not frac >= 1:
+    fracs, rates = (torch.as_tensor(x, dtype=torch.float64) for x in (frac, lr))
+    if not ((fracs == 0) | (fracs >= 1)).all():
         raise ValueError(f"frac must be 0 or at least 1, got {frac}")
-    if not (0 < lr < math.inf and factor > 1):
+    if not ((0 < rates) & (rates < math.inf)).all() or not factor > 1:
         raise ValueError(f"lr must be positive and finite, and factor above 1, got {lr} and {factor}")
     log_loss, grads = objective(point.weights)
     if not log_loss.isfinite().all():
@@ -357,29 +461,27 @@ def normalized_descent(
         )
     if levels and log_loss.ndim:
         raise ValueError("levels must be empty for several instances")
+    if shrink and callback is not None:
+        raise ValueError("callback must be None for shrink=True")
     callback = callback or (lambda *_: None)
     callback(0, log_loss, point, grads)
-    power = 1 / frac if frac else 0.0
-    descend = _descend_many if log_loss.ndim else _descend_one
+    power = torch.where(fracs == 0, 0.0, 1 / fracs)
+    if log_loss.ndim:
+        lr, lr_cap, power = (
+            torch.as_tensor(x, dtype=log_loss.dtype, device=log_loss.device).expand(point.instances)
+            for x in (lr, lr_cap, power)
+        )
+        descend, last = _descend_many, (callback, shrink)
+    else:
+        lr, lr_cap, power = (float(x) for x in (lr, lr_cap, power))
+        descend, last = _descend_one, (callback, levels)
     return descend(
-        objective,
-        point,
-        log_loss,
-        grads,
-        lr,
-        lr_cap,
-        power,
-        stop,
-        max_steps,
-        patience,
-        factor,
-        levels,
-        callback,
+        objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, *last
     )
 
 
 def _descend_one(
-    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, levels, callback
+    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, callback, levels
 ):
     snapshots, pending = {}, sorted(levels, reverse=True)
     value, step = log_loss.item(), 0
@@ -393,11 +495,12 @@ def _descend_one(
         point.snapshot()
         point.step(grads, lr * math.exp(value * power))
         new_log_loss, new_grads = objective(point.weights)
-        if not new_log_loss.item() < value:
+        new_value = new_log_loss.item()
+        if not new_value < value:
             point.rollback()
             lr /= factor
             continue
-        log_loss, grads, value = new_log_loss, new_grads, new_log_loss.item()
+        log_loss, grads, value = new_log_loss, new_grads, new_value
         lr = lr * factor if lr < lr_cap else lr
         while pending and value <= pending[0]:
             snapshots[pending.pop(0)] = [w.clone() for w in point.weights]
@@ -414,16 +517,36 @@ def _descend_one(
 
 
 def _descend_many(
-    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, _, callback
+    objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, callback, shrink
 ):
-    lr, steps = torch.full_like(log_loss, lr), torch.zeros_like(log_loss)
-    active, before = log_loss > stop, torch.full_like(log_loss, math.inf)
+    steps, before = torch.zeros_like(log_loss), torch.full_like(log_loss, math.inf)
+    active = log_loss > stop
+    index, ends = torch.arange(len(lr), device=lr.device), None
+
+    def ended():
+        """The state of all instances."""
+        now = [*point.weights, log_loss, steps, lr]
+        if ends is None:
+            return [x.clone() for x in now]
+        for x, part in zip(ends, now):
+            x.view(len(ends[-1]), -1)[index] = part.view(len(index), -1)
+        return ends
+
     for step in range(max_steps):
         if patience and step % patience == 0:
             active &= log_loss < before - GAIN
             before = log_loss
-        if not active.any():
+        running = int(active.sum())
+        if running == 0:
             break
+        if shrink and running <= SHRINK * len(index):
+            ends = ended()
+            keep = active.nonzero()[:, 0]
+            grads = [g.reshape(len(index), -1)[keep].view(-1, *g.shape[1:]) for g in grads]
+            point = point.take(keep)
+            log_loss, lr, lr_cap, power, steps, before, active, index = (
+                x[keep] for x in (log_loss, lr, lr_cap, power, steps, before, active, index)
+            )
         steps += active
         point.snapshot()
         point.step(grads, lr * torch.exp(log_loss * power))
@@ -437,7 +560,14 @@ def _descend_many(
         )
         active &= log_loss > stop
         callback(step + 1, log_loss, point, grads)
-    return Descent([w.clone() for w in point.weights], log_loss, log_loss <= stop, steps.long(), lr)
+    *weights, log_loss, steps, lr = ended()
+    return Descent(weights, log_loss, log_loss <= stop, steps.long(), lr)
+
+
+def _choose(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """torch.where for the rows of instances: x where the (E,) condition is true, else y."""
+    E = len(condition)
+    return torch.where(condition[:, None], x.reshape(E, -1), y.reshape(E, -1)).view(y.shape)
 
 
 class multi_stage:

@@ -36,8 +36,7 @@ class Flow:
     """A trajectory of T points; every entry is a list where the flow started from a list of tensors.
 
     t: (T,) float64. weight: (T, *shape) float64. radius: (T, R) float64, g or alpha, () for R where dim is
-    None, and
-    direction: (T, *shape), v; both None for a flow in w.
+    None, and direction: (T, *shape), v; both None for a flow in w.
     t_events: as scipy's, one array of times for each event. success, message, evaluations: scipy's, nfev for
     the last.
     """
@@ -102,7 +101,7 @@ def _gradient(gradient: Callable, weights: list[Tensor], single: bool) -> list[T
     return [grads] if single else list(grads)
 
 
-def _solve(field, y0, t, events, weights_of, single, method, rtol, atol, options):
+def _solve(field, y0, t, events, weights_of, single, options):
     from scipy.integrate import solve_ivp
 
     end, times = _times(t)
@@ -117,7 +116,8 @@ def _solve(field, y0, t, events, weights_of, single, method, rtol, atol, options
 
             ask.terminal, ask.direction = getattr(event, "terminal", False), getattr(event, "direction", 0.0)
             wrapped.append(ask)
-    return solve_ivp(field, (0.0, end), y0, method, times, events=wrapped, rtol=rtol, atol=atol, **options)
+    options = {"method": "DOP853", "rtol": 1e-10, "atol": 1e-12} | options
+    return solve_ivp(field, (0.0, end), y0, t_eval=times, events=wrapped, **options)
 
 
 def _flow(solution, single, weight, radius=None, direction=None) -> Flow:
@@ -144,9 +144,6 @@ def polar_flow(
     norm: float | Sequence[Tensor] | Tensor = 1.0,
     radius_rate: float = 1.0,
     direction_rate: float = 1.0,
-    rtol: float = 1e-10,
-    atol: float = 1e-12,
-    method: str = "DOP853",
     events: Callable | Sequence[Callable] | None = None,
     **options,
 ) -> Flow:
@@ -161,9 +158,10 @@ def polar_flow(
         dim: the dim of rows of each weight; None for one radius and one |v| of the whole tensor.
         norm: |v|, a positive number, or a tensor of shape (R,), or a list of them.
         radius_rate, direction_rate: eta_r and eta_v, positive numbers.
-        rtol, atol, method, options: of scipy.integrate.solve_ivp; method="LSODA" where the flow is stiff.
         events: functions (t, w) -> float, or one, of which the zeros are reported; with ``terminal`` and
             ``direction`` as in scipy.
+        options: of scipy.integrate.solve_ivp; method="DOP853", rtol=1e-10 and atol=1e-12 where not given.
+            method="LSODA" where the flow is stiff.
 
     Returns: a `Flow`.
 
@@ -205,9 +203,7 @@ def polar_flow(
             velocities.append(functional.project_(g, x, r, d, kind).mul_(-radius_rate))  # g becomes that of v
         return packing.pack(velocities + [g.mul_(-direction_rate) for g in grads])
 
-    solution = _solve(
-        field, packing.pack(radii + directions), t, events, weights_of, single, method, rtol, atol, options
-    )
+    solution = _solve(field, packing.pack(radii + directions), t, events, weights_of, single, options)
     parts = packing.unpack_all(solution.y)
     radius, direction = parts[:count], parts[count:]
     weight = [
@@ -227,9 +223,6 @@ def weight_flow(
     norm: float = 1.0,
     radius_rate: float = 1.0,
     direction_rate: float = 1.0,
-    rtol: float = 1e-10,
-    atol: float = 1e-12,
-    method: str = "DOP853",
     events: Callable | Sequence[Callable] | None = None,
     **options,
 ) -> Flow:
@@ -262,7 +255,5 @@ def weight_flow(
         w = packing.unpack(y)
         return packing.pack([velocity(x, g) for x, g in zip(w, _gradient(gradient, w, single))])
 
-    solution = _solve(
-        field, packing.pack(weights), t, events, packing.unpack, single, method, rtol, atol, options
-    )
+    solution = _solve(field, packing.pack(weights), t, events, packing.unpack, single, options)
     return _flow(solution, single, packing.unpack_all(solution.y))

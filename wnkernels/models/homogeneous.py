@@ -2,8 +2,7 @@
 
 `mlp` and `convnet` build plain models; `normalize` gives them one radius per row or filter, per layer, or for
 the vector of all weights, SWN or EWN, and takes it away again, and the function stays what it is. Morwani and
-Ramaswamy
-(arXiv:2010.12909) study these; the first layer may have a bias, of the degree of its weight.
+Ramaswamy (arXiv:2010.12909) study these; the first layer may have a bias, of the degree of its weight.
 """
 
 from collections.abc import Callable, Sequence

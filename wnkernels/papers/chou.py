@@ -460,15 +460,12 @@ def claims(options):
 
 def figures(results, folder):
     """Figures of what the experiments have left in `results`, as PNG files in `folder`."""
-    from matplotlib import pyplot as plt
-
-    def save(figure, name):
-        figure.savefig(folder / name, dpi=130)
-        plt.close(figure)
+    from matplotlib.figure import Figure
 
     if "chou_recovery" in results:
         errors, steps = results["chou_recovery"]
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
         for k, (kind, columns) in enumerate(errors.items()):
             for j, column in enumerate(columns.T):
                 label = {"swn": "SWN, ratio of rates .1", None: "plain"}[kind] if j == 0 else None
@@ -476,11 +473,12 @@ def figures(results, folder):
         axis.set(xscale="log", yscale="log", xlabel=f"step of gradient descent, lr {LR}", ylabel="||x - x*||/||x*||",
                  title="alpha = 0.1, L = 2")
         axis.legend()
-        save(figure, "chou-recovery.png")
+        figure.savefig(folder / "chou_recovery.png", dpi=130)
     if "chou_flow_errors" in results:
         errors = results["chou_flow_errors"]
         alphas = sorted({alpha for _, alpha in errors})
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
         for k, kind in enumerate(("swn", None)):
             values = np.array([errors[kind, alpha] for alpha in alphas])
             label = {"swn": "SWN, ratio of rates .1", None: "plain"}[kind]
@@ -488,16 +486,17 @@ def figures(results, folder):
         axis.set(xscale="log", yscale="log", xlabel="scale of the start, alpha", ylabel="||x - x*||/||x*||",
                  title=f"gradient flow to T = {TIME:g}, L = 2")
         axis.legend()
-        save(figure, "chou-scales.png")
+        figure.savefig(folder / "chou_scales.png", dpi=130)
     if "chou_grid" in results:
         rows = results["chou_grid"]
         alphas, etas = (sorted({row[name] for row in rows}) for name in ("alpha", "eta"))
         panels = {"log10 of ||x - x*||/||x*||": [np.log10(row["error"]) for row in rows],
                   "log10 of kappa, measured": [np.log10(row["kappa"]) for row in rows],
                   "log10 of kappa, predicted": [np.log10(row["predicted"]) for row in rows]}
-        figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+        figure = Figure(figsize=(14, 4), layout="constrained")
+        axes = figure.subplots(1, 3)
         for axis, (title, values) in zip(axes, panels.items()):
             image = axis.pcolormesh(alphas, etas, np.reshape(values, (len(alphas), len(etas))).T, shading="nearest")
             figure.colorbar(image, ax=axis)
             axis.set(xscale="log", yscale="log", xlabel="alpha", ylabel="ratio of the rates, eta", title=title)
-        save(figure, "chou-grid.png")
+        figure.savefig(folder / "chou_grid.png", dpi=130)

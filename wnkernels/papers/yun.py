@@ -385,15 +385,12 @@ def claims(options):
 
 def figures(results, folder):
     """Figures of what the experiments have left in `results`, as PNG files in `folder`."""
-    from matplotlib import pyplot as plt
-
-    def save(figure, name):
-        figure.savefig(folder / name, dpi=130)
-        plt.close(figure)
+    from matplotlib.figure import Figure
 
     if "yun_regression" in results:
         targets = {"diagonal": (0, 0.5), "fully connected": (0.2, 0.4), "convolutional": (1 / 3, 1 / 3)}
-        figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        axes = figure.subplots(1, 3)
         for axis, (name, paths) in zip(axes, results["yun_regression"].items()):
             axis.axline((1, 0), (0, 0.5), color="0.8", label="interpolation")
             for k, alpha in enumerate((0.01, 0.5, 1.0)):
@@ -402,10 +399,11 @@ def figures(results, folder):
             axis.plot(*targets[name], "k*", markersize=12, label="least norm")
             axis.set(title=name, xlabel="coefficient 1", ylabel="coefficient 2")
         axes[0].legend(fontsize=8)
-        save(figure, "yun-regression.png")
+        figure.savefig(folder / "yun_regression.png", dpi=130)
     if "yun_q" in results:
         rows = [row for row in results["yun_q"] if row["lr"] == 1e-3]
-        figure, axes = plt.subplots(1, len(ETAS), figsize=(9, 4), layout="constrained")
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots(1, len(ETAS))
         for axis, eta in zip(axes, ETAS):
             for k, depth in enumerate(sorted(ALPHAS)):
                 alphas = np.geomspace(0.01, 3, 60)
@@ -415,12 +413,13 @@ def figures(results, folder):
                 axis.plot([row["alpha"] for row in mine], [row["limit"][0] for row in mine], "o", color=f"C{k}")
             axis.set(title=f"eta = {eta}", xscale="log", xlabel="alpha", ylabel="coefficient 1 of the limit")
         axes[0].legend(fontsize=8)
-        save(figure, "yun-limits.png")
+        figure.savefig(folder / "yun_limits.png", dpi=130)
     if "yun_angles" in results:
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
         for k, (name, angles) in enumerate(results["yun_angles"].items()):
             axis.plot(MARGINS, angles.T, color=f"C{k}", alpha=0.4)
             axis.plot(MARGINS, np.median(angles, 0), color=f"C{k}", linewidth=2.5, label=name)
         axis.set(xscale="log", yscale="log", xlabel="least margin", ylabel="angle to the max-margin direction, degrees")
         axis.legend(fontsize=8)
-        save(figure, "yun-angles.png")
+        figure.savefig(folder / "yun_angles.png", dpi=130)
