@@ -169,7 +169,7 @@ def _resident_peak(run, args, threads, warm):
 
 def peak_memory(run, *args, device="cpu", warm=False):
     """Peak bytes that run(*args) needs; all it uses (parameters, gradients, temporaries) must be created inside.
-    `warm`: that a second run needs, for what the first compiles.
+    `warm`: that a second run needs, without what the first compiles and loads.
 
     CUDA: the most that torch's allocator held at once. CPU (Linux only, else nan): the growth of the resident set,
     at its highest, of a child process that has already imported everything. There every block from 128 kB on goes back

@@ -83,7 +83,8 @@ def points(options):
             # A hidden layer's input needs a gradient; the first layer's does not, which hides less of the overhead.
             for hidden in (True, False) if width == 4096 else (True,):
                 for mode in options.modes:
-                    if mode == "full" or (hidden and batch in PART_BATCHES):
+                    part = PART_BATCHES[:1] if mode == "step" else PART_BATCHES  # a step knows no batch
+                    if mode == "full" or (hidden and batch in part):
                         yield mode, (width, batch, DTYPES[options.dtype], options.device, hidden)
 
 
