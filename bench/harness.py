@@ -161,6 +161,7 @@ def _resident_peak(run, args, threads, warm):
     del layer
     if warm:
         run(*args)
+        gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
     before = _proc("/proc/self/status", "VmRSS")
     run(*args)
