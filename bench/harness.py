@@ -246,8 +246,8 @@ def device_directory(device):
 # Output
 
 def write_csv(path, rows, facts):
-    """`rows` (dictionaries; a column may be missing in some) with the environment's `facts` in the last columns, where a
-    row says nothing else."""
+    """`rows` (dictionaries; a column may be missing in some) with the environment's `facts` in the last columns,
+    where a row says nothing else."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys([*(key for row in rows for key in row), *facts]))

@@ -26,7 +26,8 @@ def fused(layer):
 def inside(kind):
     def make(width):
         layer = nn.Sequential(nn.Linear(width, width))
-        optimizer = PolarSGD(polar_groups(layer, kind) if kind else layer.parameters(), lr=training.LR, kind=kind)
+        parameters = polar_groups(layer, kind) if kind else layer.parameters()
+        optimizer = PolarSGD(parameters, lr=training.LR, kind=kind)
         in_backward(layer, optimizer)
         return layer, optimizer
 
@@ -71,8 +72,9 @@ BFLOAT16 = {
     "PolarSGD, copy, low gradients": (polar(dtype=torch.bfloat16, low_gradients=True), True),
     "SWN, in backward": (inside("swn"), True),
 }
-# Bytes for each element of the weight in a step, each read and each write counted: in float32 as few as can be (the weight
-# for y, the weight for dx and the update, the weight written; plain: see bench.layers), under autocast as each does it.
+# Bytes for each element of the weight in a step, each read and each write counted: in float32 as few as can be (the
+# weight for y, the weight for dx and the update, the weight written; plain: see bench.layers), under autocast as each
+# does it.
 FLOAT32_BYTES = {"plain": 24, "plain, in backward": 12, "SWN, in backward": 12, "EWN, in backward": 12}
 AUTOCAST_BYTES = {"plain": 30, "PolarSGD": 30, "PolarSGD, copy": 26, "PolarSGD, copy, low gradients": 18,
                   "SWN, in backward": 22}

@@ -54,7 +54,9 @@ def kernels(normed):
             "torch": lambda t: torch.linalg.vector_norm(t.v, dim=1),
             "wnkernels": lambda t: wf.row_norm(t.v),
         }),
-        "forward": (2, {name: lambda t, function=function: function(t.v, t.g) for name, function in normed.items()}),
+        "forward": (2, {
+            name: lambda t, function=function: function(t.v, t.g) for name, function in normed.items()
+        }),
         "backward": (3, {
             name: lambda t, name=name: torch.autograd.grad(t.w[name], t.leaves, t.G, retain_graph=True)
             for name in normed
@@ -76,7 +78,8 @@ def run(shape, dtype, options):
     normed = providers.weight_norms(options.device, compile=options.compile)
     table = kernels(normed)
     with providers.compiling(backward_again=True):
-        following = harness.rotate(lambda: tensors(*shape, dtype, options.device, normed), size, options.device)
+        make = lambda: tensors(*shape, dtype, options.device, normed)  # noqa: E731
+        following = harness.rotate(make, size, options.device)
         calls = {(kernel, provider): lambda call=call: call(following())
                  for kernel, (_, by_provider) in table.items() for provider, call in by_provider.items()}
         times = harness.measure(calls, device=options.device, seconds=options.seconds, rounds=options.rounds,
@@ -87,7 +90,9 @@ def run(shape, dtype, options):
         row = {"rows": shape[0], "length": shape[1], "dtype": str(dtype).removeprefix("torch."), "kernel": kernel,
                "provider": provider, "outputs": "reused" if options.reuse else "fresh",
                "threads": torch.get_num_threads(), "floor_bytes": passes * size}
-        bases = {"torch": (kernel, "torch"), "copy": ("copy", "torch")} | ({"add": ("add", "torch")} if passes == 3 else {})
+        bases = {"torch": (kernel, "torch"), "copy": ("copy", "torch")}
+        if passes == 3:
+            bases["add"] = ("add", "torch")
         row |= harness.summary(times, (kernel, provider), bases)
         row["gb_per_s"] = passes * size / row["ms"] / 1e6
         row["percent_of_copy"] = 100 * passes / 2 / row["ratio_copy"]
@@ -114,10 +119,11 @@ def missed(rows):
 
 
 def show(rows):
-    header = ["shape", "dtype", "threads", "kernel", "provider", "ms", "GB/s", "% of copy", "time / torch", "time / copy"]
+    header = ["shape", "dtype", "threads", "kernel", "provider", "ms", "GB/s", "% of copy", "time / torch",
+              "time / copy"]
     print(harness.table(header, [[
-        f"{r['rows']}x{r['length']}", r["dtype"], r["threads"], r["kernel"], r["provider"], f"{r['ms']:.3f}", f"{r['gb_per_s']:.1f}",
-        f"{r['percent_of_copy']:.0f}", harness.interval(r, "torch"), harness.interval(r, "copy"),
+        f"{r['rows']}x{r['length']}", r["dtype"], r["threads"], r["kernel"], r["provider"], f"{r['ms']:.3f}",
+        f"{r['gb_per_s']:.1f}", f"{r['percent_of_copy']:.0f}", harness.interval(r, "torch"), harness.interval(r, "copy"),
     ] for r in rows]))
     print("\nGB/s and % of copy: of the bytes that a kernel cannot avoid (floor_bytes), beside a copy in the same run")
 

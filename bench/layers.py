@@ -1,6 +1,6 @@
-"""Training of one Linear layer with SGD(fused=True) over width and batch: the full step, and its parts at the batches
-where the weight is most of the traffic. Plain, torch's parametrization, torch.compile of it and of the formula,
-wnkernels, and with --forced wnkernels with each of its two paths.
+"""Training of one Linear layer with SGD(fused=True) over width and batch: the full step, and its parts at two
+batches. Plain, torch's parametrization, torch.compile of it and of the formula, wnkernels, and with --forced wnkernels
+with each of its two paths.
 
     python -m bench.layers [--quick] [--device cuda]
 """
@@ -35,8 +35,8 @@ def three_steps(name, *point):
 
 
 def floor_bytes(mode, width, batch, dtype, hidden):
-    """What a plain layer cannot avoid. Of weights: the forward reads one; the backward writes a gradient, and reads the
-    weight for that of the input; SGD reads both and writes the weight. Of activations: x, y; x, dy, dx."""
+    """What a plain layer cannot avoid. Of weights: the forward reads one; the backward writes a gradient, and reads
+    the weight for that of the input; SGD reads both and writes the weight. Of activations: x, y; x, dy, dx."""
     weights = {"forward": 1, "backward": 1 + hidden, "step": 3}
     activations = {"forward": 2, "backward": 2 + hidden, "step": 0}
     if mode == "full":
@@ -54,7 +54,8 @@ def run(mode, point, options):
         if dtype.itemsize * width * width > harness.cache_bytes(device):
             source, target = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
             calls["copy"] = lambda: target.copy_(source)
-        times = harness.measure(calls, device=device, seconds=options.seconds if mode == "full" else options.seconds / 3)
+        seconds = options.seconds if mode == "full" else options.seconds / 3
+        times = harness.measure(calls, device=device, seconds=seconds)
     rows = []
     for name in calls:
         row = {"width": width, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "input_gradient": hidden,
@@ -66,7 +67,8 @@ def run(mode, point, options):
             row["floor_bytes"] = floor_bytes(mode, width, batch, dtype, hidden)
             row["gb_per_s"] = row["floor_bytes"] / row["ms"] / 1e6
             if copied:
-                row["percent_of_copy"] = 100 * row["floor_bytes"] / (2 * dtype.itemsize * width**2) / row["ratio_copy"]
+                copied_bytes = 2 * dtype.itemsize * width**2
+                row["percent_of_copy"] = 100 * row["floor_bytes"] / copied_bytes / row["ratio_copy"]
             # Of other widths a weight is less of the memory, or lost in the allocator's noise.
             if options.memory and mode == "full" and hidden and width == 4096:
                 row["peak_bytes"] = harness.peak_memory(three_steps, name, *point, device=device,
@@ -89,18 +91,19 @@ def points(options):
 
 
 def show(rows):
-    header = ["width", "batch", "dx", "mode", "provider", "ms", "vs plain", "vs torch", "GB/s", "% of copy", "peak MB"]
+    header = ["width", "batch", "dx", "mode", "provider", "ms", "vs plain", "vs torch", "GB/s", "% of copy",
+              "peak MB"]
     print(harness.table(header, [[
-        r["width"], r["batch"], "yes" if r["input_gradient"] else "no", r["mode"], r["provider"], f"{r['ms']:.3f}",
-        harness.interval(r, "plain"), harness.interval(r, "torch"),
+        r["width"], r["batch"], "yes" if r["input_gradient"] else "no", r["mode"], r["provider"],
+        f"{r['ms']:.3f}", harness.interval(r, "plain"), harness.interval(r, "torch"),
         f"{r['gb_per_s']:.1f}" if "gb_per_s" in r else "",
         f"{r['percent_of_copy']:.0f}" if "percent_of_copy" in r else "",
         f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "",
     ] for r in rows]))
     print("""
 medians; ratios of medians [95% confidence interval]; vs torch: to torch's parametrization of the same kind;
-dx: whether the input needs a gradient; GB/s and % of copy: of the bytes that a plain layer cannot avoid (floor_bytes),
-beside a copy of the weight in the same run; peak MB: memory of three steps alone, weights included""")
+dx: whether the input needs a gradient; GB/s and % of copy: of the bytes that a plain layer cannot avoid
+(floor_bytes), beside a copy of the weight in the same run; peak MB: memory of three steps alone, weights included""")
 
 
 def missed(rows):

@@ -1,5 +1,6 @@
-"""Training of whole models, the full step and its parts: plain, torch's parametrization of every Linear and convolution,
-torch.compile of both, wnkernels' layers, the plain model under a polar optimizer, and that inside the backward.
+"""Training of whole models, the full step and its parts: plain, torch's parametrization of every Linear and
+convolution, torch.compile of both, wnkernels' layers, the plain model under a polar optimizer, and that inside the
+backward.
 
     python -m bench.models [--device cuda]
 """
@@ -30,8 +31,8 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One layer of a transformer's encoder, normalized before each part. (That of torch keeps the weights of attention
-    outside of Linear layers.)"""
+    """One layer of a transformer's encoder, normalized before each part. (That of torch keeps the weights of
+    attention outside of Linear layers.)"""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -105,8 +106,8 @@ PROVIDERS = {
     "polar": polar,
     "polar, in backward": lambda m, o: polar(m, o, inside=True),
 }
-# A compiled model has the parameters, and so the step, of the other; under a polar optimizer forward and backward are the
-# plain model's, and a step inside the backward has no parts.
+# A compiled model has the parameters, and so the step, of the other; under a polar optimizer forward and backward are
+# the plain model's, and a step inside the backward has no parts.
 COMPILED = ("plain, compiled", "torch SWN, compiled")
 WITHOUT = {"forward": ("polar", "polar, in backward"), "backward": ("polar", "polar, in backward"),
            "step": (*COMPILED, "polar, in backward"), "full": ()}
@@ -152,7 +153,7 @@ def show(rows):
         harness.interval(r, "plain"), harness.interval(r, "torch"),
         f"{r['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in r else "",
     ] for r in rows]))
-    print("\nmedians; ratios of medians [95% confidence interval]; peak MB: memory of three steps alone, weights included")
+    print("\nmedians; ratios of medians [95% confidence interval]; peak MB: memory of three steps, weights included")
 
 
 def main(arguments=None):

@@ -28,10 +28,11 @@ def polar(ours, model, options, **more):
 
 def providers(torchs, ours, options):
     """name -> function from a maker of models to (model, optimizer)."""
+    theirs = lambda model, **more: torchs(model.parameters(), lr=training.LR, **options, **more)  # noqa: E731
     return {
-        "torch fused": lambda make: (m := make(), torchs(m.parameters(), lr=training.LR, fused=True, **options)),
-        "torch foreach": lambda make: (m := make(), torchs(m.parameters(), lr=training.LR, foreach=True, **options)),
-        "torch parametrized": lambda make: (m := parametrized(make()), torchs(m.parameters(), lr=training.LR, fused=True, **options)),
+        "torch fused": lambda make: (m := make(), theirs(m, fused=True)),
+        "torch foreach": lambda make: (m := make(), theirs(m, foreach=True)),
+        "torch parametrized": lambda make: (m := parametrized(make()), theirs(m, fused=True)),
         "wnkernels": lambda make: (m := make(), polar(ours, m, options)),
         "wnkernels, telemetry": lambda make: (m := make(), polar(ours, m, options, telemetry=True)),
     }
@@ -92,10 +93,11 @@ def main(arguments=None):
                     row = {"case": case, "optimizer": name, "provider": provider}
                     row |= harness.summary(times, provider, {"fused": "torch fused", "foreach": "torch foreach"})
                     if case == "step, 4096x4096" and provider != "copy":
-                        row["percent_of_copy"] = 100 * passes / 2 / harness.ratio(times[provider], times["copy"])[0]
+                        copied, _, _ = harness.ratio(times[provider], times["copy"])
+                        row["percent_of_copy"] = 100 * passes / 2 / copied
                     if mode == "full" and provider in MEMORY and options.memory:
-                        row["peak_bytes"] = harness.peak_memory(three_steps, case, name, provider, options.device,
-                                                                device=options.device)
+                        point = case, name, provider, options.device
+                        row["peak_bytes"] = harness.peak_memory(three_steps, *point, device=options.device)
                     rows.append(row)
                 goal = bound if case.startswith("step, 4096") else 1.02 if case.startswith("full") else 1.0
                 mine = next(r for r in reversed(rows) if r["provider"] == "wnkernels")
@@ -108,8 +110,8 @@ def main(arguments=None):
         [r["case"], r["optimizer"], r["provider"], f"{r['ms']:.3f}", harness.interval(r, "fused"),
          f"{r['percent_of_copy']:.0f}" if "percent_of_copy" in r else "",
          f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else ""] for r in rows]))
-    print("\nmedians; ratios of medians [95% confidence interval]; % of copy: bytes moved per second against a copy; "
-          "peak MB: memory of three steps, weights included")
+    print("\nmedians; ratios of medians [95% confidence interval]; % of copy: bytes moved per second against a "
+          "copy; peak MB: memory of three steps, weights included")
     for line in missed:
         print(f"missed: {line}")
     harness.write_csv(folder / "optimizers.csv", rows, facts)

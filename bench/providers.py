@@ -1,5 +1,5 @@
-"""What is compared. Linear layers: plain, weight norm in pure torch, compiled by torch, by FlagGems, and wnkernels'; each
-has nn.Linear's arguments and, under the same seed, the initial function of nn.Linear. And the weight alone, as a
+"""What is compared. Linear layers: plain, weight norm in pure torch, compiled by torch, by FlagGems, and wnkernels';
+each has nn.Linear's arguments and, under the same seed, the initial function of nn.Linear. And the weight alone, as a
 function of v and g."""
 
 import contextlib
@@ -89,7 +89,7 @@ def has_flag_gems(device):
 
 
 def compiled(what):
-    """torch.compile of a module or function for the very shapes that it gets, an error where that is not possible.
+    """torch.compile of a module or function for the very shapes that it gets; an error where that is impossible.
 
     (`module.compile()` would run a module of torch itself, and so its parametrization, as it is: uncompiled.)
     """
@@ -98,9 +98,9 @@ def compiled(what):
 
 @contextlib.contextmanager
 def compiling(backward_again=False):
-    """Around the calls of `compiled` of one point, which are compiled there, at the first call: forgets those of other
-    points, which would count against the limit of recompilations. `backward_again`: a backward may run several times,
-    so it cannot take over the memory of what the forward saved."""
+    """Around the calls of `compiled` of one point, which are compiled there, at the first call: forgets those of
+    other points, which would count against the limit of recompilations. `backward_again`: a backward may run several
+    times, so it cannot take over the memory of what the forward saved."""
     torch.compiler.reset()
     with torch._functorch.config.patch(donated_buffer=not backward_again):
         yield

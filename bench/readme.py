@@ -63,7 +63,8 @@ def layers(folder):
                    line("`torch.compile` of it", "torch SWN, compiled"),
                    line("`torch.compile` of `g * v / v.norm()`", "g v/|v|, compiled"),
                    line("wnkernels.nn.Linear", "wnkernels SWN")])
-    ours = [row for row in rows(folder, "layers", input_gradient=True, mode="full") if row["provider"].startswith("wnkernels")]
+    ours = [row for row in rows(folder, "layers", input_gradient=True, mode="full")
+            if row["provider"].startswith("wnkernels")]
     small = sorted(float(row["ratio_torch"]) for row in ours if int(row["width"]) <= 1024)
     return (f"{shown}\n\nAt widths of 64 to 1024, batches of 1 to 512, SWN and EWN, it takes {small[0]:.2f} to "
             f"{small[-1]:.2f} times the\ntime of torch's parametrization.")
@@ -119,26 +120,31 @@ def threads(folder):
     return sorted({int(row["threads"]) for row in rows(folder, "kernels_reuse")})
 
 
+OF = {"copy": "a copy", "add": "an add"}
+
+
 def kernels(folder):
     counts = threads(folder)
-    ours = [r for r in rows(folder, "kernels_reuse", provider="wnkernels", threads=counts[-1]) if r["kernel"] in single.GOALS]
+    ours = [r for r in rows(folder, "kernels_reuse", provider="wnkernels", threads=counts[-1])
+            if r["kernel"] in single.GOALS]
 
     def line(row):
         of, bound, met = single.goal(row)
         middle, low, high = (float(row[f"ratio_{of}{end}"]) for end in ("", "_low", "_high"))
         point = {key: row[key] for key in ("rows", "length", "dtype", "kernel", "provider")}
         alone = value(folder, "kernels_reuse", "ms", threads=counts[0], **point)
-        return [f"{row['rows']}×{row['length']}", row["dtype"], f"`{row['kernel']}`", f"{float(row['percent_of_copy']):.0f}",
-                f"{middle:.2f} [{low:.2f}, {high:.2f}] of {'a copy' if of == 'copy' else 'an add'}",
+        return [f"{row['rows']}×{row['length']}", row["dtype"], f"`{row['kernel']}`",
+                f"{float(row['percent_of_copy']):.0f}", f"{middle:.2f} [{low:.2f}, {high:.2f}] of {OF[of]}",
                 f"{bound:.2f}{'' if met else ', **missed**'}", f"{float(row['ratio_torch']):.2f}",
                 f"{alone / float(row['ms']):.2f}"]
 
     def spread(kernel):
         of, _ = single.GOALS[kernel]
         found = sorted(float(r[f"ratio_{of}"]) for r in ours if r["kernel"] == kernel and not single.goal(r))
-        return f"`{kernel}` {found[0]:.2f} to {found[-1]:.2f} of {'a copy' if of == 'copy' else 'an add'}"
+        return f"`{kernel}` {found[0]:.2f} to {found[-1]:.2f} of {OF[of]}"
 
-    header = ["shape", "", "kernel", "% of a copy's speed", "time", "goal", "to torch", f"speed of {counts[-1]} threads to {counts[0]}"]
+    header = ["shape", "", "kernel", "% of a copy's speed", "time", "goal", "to torch",
+              f"speed of {counts[-1]} threads to {counts[0]}"]
     others = list(dict.fromkeys(f"{r['rows']}×{r['length']}" for r in ours if not single.goal(r)))
     return (table(header, [line(r) for r in ours if single.goal(r)])
             + f"\n\nOver the other shapes ({', '.join(others)}), without goals:\n"
@@ -148,7 +154,8 @@ def kernels(folder):
 def models(folder):
     names = {"torch SWN": "torch's parametrization", "torch SWN, compiled": "`torch.compile` of it",
              "plain, compiled": "`torch.compile` of the plain model", "wnkernels SWN": "`wnkernels.convert`",
-             "polar": "plain model, polar optimizer", "polar, in backward": "the same, step inside the backward"}
+             "polar": "plain model, polar optimizer",
+             "polar, in backward": "the same, step inside the backward"}
 
     def cells(model, provider):
         point = {"model": model, "provider": provider, "mode": "full"}
@@ -163,21 +170,23 @@ def models(folder):
 
 
 def roofline(folder):
-    """Beside the floor in bytes that in weights fetched, of which a copy has two: those read, and those written without
-    having been read (docs/roofline.md)."""
+    """Beside the floor in bytes that in weights fetched, of which a copy has two: those read, and those written
+    without having been read (docs/roofline.md)."""
 
     def line(name, fetched, *measured):
         """`measured`: (bytes of an element, bytes moved for each element of the weight, % of a copy's speed)."""
-        over = [100 * moved / size / percent / fetched for size, moved, percent in measured] if fetched else []
+        over = [100 * moved / size / percent / fetched for size, moved, percent in measured if fetched]
         columns = (("{:.3g}", [m[1] for m in measured]), ("{}", [fetched] if fetched else []),
                    ("{:.0f}", [m[2] for m in measured]), ("{:.2f}", over))
         return [name, *(" / ".join(map(form.format, values)) for form, values in columns)]
 
     def kernel(name, fetched):
-        point = {"rows": 4096, "length": 4096, "kernel": name, "provider": "wnkernels", "threads": threads(folder)[-1]}
-        found = [(only(folder, "kernels_reuse", dtype=d, **point), size) for d, size in (("float32", 4), ("bfloat16", 2))]
-        return line(f"`{name}`", fetched, *((size, float(r["floor_bytes"]) / 4096**2, float(r["percent_of_copy"]))
-                                            for r, size in found))
+        point = {"rows": 4096, "length": 4096, "kernel": name, "provider": "wnkernels"}
+        measured = []
+        for dtype, size in (("float32", 4), ("bfloat16", 2)):
+            row = only(folder, "kernels_reuse", dtype=dtype, threads=threads(folder)[-1], **point)
+            measured.append((size, float(row["floor_bytes"]) / 4096**2, float(row["percent_of_copy"])))
+        return line(f"`{name}`", fetched, *measured)
 
     def step(name, fetched):
         point = {"case": "step, 4096x4096", "optimizer": name, "provider": "wnkernels"}
@@ -185,19 +194,22 @@ def roofline(folder):
         return line(f"polar step, {name}", fetched, (4, 4 * steps.OPTIMIZERS[name][3], percent))
 
     def layer(mode, batch, fetched):
-        point = {"width": 4096, "batch": batch, "input_gradient": True, "mode": mode, "provider": "wnkernels SWN"}
-        row = only(folder, "layers", **point)
+        point = {"width": 4096, "batch": batch, "input_gradient": True, "mode": mode}
+        row = only(folder, "layers", provider="wnkernels SWN", **point)
         return line(f"`Linear` without w, {mode}, batch {batch}", fetched,
                     (4, float(row["floor_bytes"]) / 4096**2, float(row["percent_of_copy"])))
 
     def inside(name, provider, fetched=0, autocast=""):
         row = only(folder, "in_backward", width=4096, batch=16, autocast=autocast, provider=provider)
-        return line(f"training step, {name}", fetched, (4, float(row["bytes_per_element"]), float(row["percent_of_copy"])))
+        return line(f"training step, {name}", fetched,
+                    (4, float(row["bytes_per_element"]), float(row["percent_of_copy"])))
 
-    return table(["kernel", "bytes per element", "weights fetched", "% of a copy's speed", "time over the floor"], [
-        kernel("row norm", 1), kernel("forward", 2), kernel("backward", 3), kernel("project_", 2), kernel("normalize_", 1),
+    header = ["kernel", "bytes per element", "weights fetched", "% of a copy's speed", "time over the floor"]
+    return table(header, [
+        kernel("row norm", 1), kernel("forward", 2), kernel("backward", 3),
+        kernel("project_", 2), kernel("normalize_", 1),
         step("SGD", 2), step("SGD, momentum", 3), step("AdamW", 4),
-        *(layer("forward", batch, 1) for batch in (16, 128)), *(layer("backward", batch, 2) for batch in (16, 128)),
+        layer("forward", 16, 1), layer("forward", 128, 1), layer("backward", 16, 2), layer("backward", 128, 2),
         inside("plain `Linear`, fused SGD", "plain", 5),
         inside("SWN inside the backward", "SWN, in backward", 2),
         inside("autocast, plain", "plain", autocast="bf16"),
@@ -213,15 +225,16 @@ PAGES = {
 
 
 def render(page, folder=FOLDER, text=None):
-    """The text of a page, by default as it is, with every section as measured. Raises: LookupError for a section that is
-    not in it."""
+    """The text of a page, by default as it is, with every section as measured. Raises: LookupError for a section
+    that is not in it."""
     text = (ROOT / page).read_text() if text is None else text
     for section in PAGES[page]:
         name = section.__name__
         text, count = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
                               lambda m, section=section: m[1] + section(folder) + m[2], text, flags=re.S)
         if count != 1:
-            raise LookupError(f"{page} must have <!-- {name} --> and <!-- /{name} --> once, has them {count} times")
+            raise LookupError(f"{page} must have <!-- {name} --> and <!-- /{name} --> once, "
+                              f"has them {count} times")
     return text
 
 

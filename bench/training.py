@@ -7,7 +7,7 @@ LR = 1e-9  # the weights stay what they are however often a step runs
 
 
 def timed(mode, forward, optimizer, x, dy, *, set_to_none=True):
-    """A function of no arguments to time. The gradient `dy` of the output is given, so that no loss adds to the time.
+    """A function of no arguments to time. The gradient `dy` of the output is given, so that no loss adds to it.
 
     forward: forward(x), recorded for a backward where anything requires one.
     backward: the gradients of the parameters, and of x where x requires one, of one forward, again and again.
