@@ -71,8 +71,7 @@ def run(mode, point, options):
                 row["percent_of_copy"] = 100 * row["floor_bytes"] / copied_bytes / row["ratio_copy"]
             # Of other widths a weight is less of the memory, or lost in the allocator's noise.
             if options.memory and mode == "full" and hidden and width == 4096:
-                row["peak_bytes"] = harness.peak_memory(three_steps, name, *point, device=device,
-                                                        warm=name in providers.COMPILED)
+                row["peak_bytes"] = harness.peak_memory(three_steps, name, *point, device=device, warm=True)
         rows.append(row)
     return rows
 

@@ -10,7 +10,6 @@ import sys
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 
 import wnkernels
 from wnkernels.optim import PolarAdamW, PolarSGD, in_backward, polar_groups
@@ -77,13 +76,6 @@ def fused(model, optimizer):
     return OPTIMIZERS[optimizer][0](model.parameters(), lr=training.LR, fused=True)
 
 
-def parametrized(model):
-    for module in list(model.modules()):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            parametrizations.weight_norm(module)
-    return model
-
-
 def converted(model):
     wnkernels.convert(model, "swn")
     return model
@@ -100,8 +92,8 @@ def polar(model, optimizer, inside=False):
 PROVIDERS = {
     "plain": lambda m, o: (m, fused(m, o)),
     "plain, compiled": lambda m, o: (providers.compiled(m), fused(m, o)),
-    "torch SWN": lambda m, o: (parametrized(m), fused(m, o)),
-    "torch SWN, compiled": lambda m, o: (providers.compiled(parametrized(m)), fused(m, o)),
+    "torch SWN": lambda m, o: (providers.parametrized(m), fused(m, o)),
+    "torch SWN, compiled": lambda m, o: (providers.compiled(providers.parametrized(m)), fused(m, o)),
     "wnkernels SWN": lambda m, o: (converted(m), fused(m, o)),
     "polar": polar,
     "polar, in backward": lambda m, o: polar(m, o, inside=True),

@@ -7,11 +7,11 @@ one large weight and for many small ones, and a full training step of one Linear
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from wnkernels.optim import PolarAdamW, PolarSGD, polar_groups
 
 from . import harness, training
+from .providers import parametrized
 
 # name -> (torch's optimizer, ours, options, bytes of a step per byte of weight, bound on the step of a 4096^2 weight)
 OPTIMIZERS = {
@@ -36,13 +36,6 @@ def providers(torchs, ours, options):
         "wnkernels": lambda make: (m := make(), polar(ours, m, options)),
         "wnkernels, telemetry": lambda make: (m := make(), polar(ours, m, options, telemetry=True)),
     }
-
-
-def parametrized(model):
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            parametrizations.weight_norm(module)
-    return model
 
 
 def large():

@@ -110,6 +110,14 @@ def torch_swn(*args, **kwargs):
     return parametrizations.weight_norm(nn.Linear(*args, **kwargs))
 
 
+def parametrized(model):
+    """The model, with torch's parametrization of every Linear and Conv2d."""
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            parametrizations.weight_norm(module)
+    return model
+
+
 def torch_ewn(*args, **kwargs):
     layer = nn.Linear(*args, **kwargs)
     parametrize.register_parametrization(layer, "weight", _Exponential())
