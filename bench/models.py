@@ -148,6 +148,16 @@ def show(rows):
     print("\nmedians; ratios of medians [95% confidence interval]; peak MB: memory of three steps, weights included")
 
 
+def plot(path, rows, device):
+    groups = {}
+    for r in rows:
+        if r["mode"] == "full" and r["provider"] != "plain":
+            point = groups.setdefault(f"{r['model']}, {r['optimizer']}", {})
+            point[r["provider"]] = [float(r[f"ratio_plain{end}"]) for end in ("", "_low", "_high")]
+    harness.plot_bars(path, groups, ylabel="time of a step / plain model", title=f"Training step, {device}",
+                      reference=1)
+
+
 def main(arguments=None):
     parser = harness.parser(__doc__, seconds=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -163,13 +173,7 @@ def main(arguments=None):
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
     show(rows)
     harness.write_csv(folder / "models.csv", rows, facts)
-    groups = {}
-    for r in rows:
-        if r["mode"] == "full" and r["provider"] != "plain":
-            point = groups.setdefault(f"{r['model']}, {r['optimizer']}", {})
-            point[r["provider"]] = [r[f"ratio_plain{end}"] for end in ("", "_low", "_high")]
-    harness.plot_bars(folder / "models.png", groups, ylabel="time of a step / plain model",
-                      title=f"Training step, {facts['device']}", reference=1)
+    plot(folder / "models.png", rows, facts["device"])
     print(f"\nwritten: {folder}/models.csv, models.png")
 
 
