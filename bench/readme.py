@@ -109,11 +109,16 @@ def in_backward(folder):
         point = {"provider": provider, "autocast": ""}
         return [name, *(f"{value(folder, 'in_backward', 'ratio_plain', width=w, batch=b, **point):.2f}" for w, b in points)]
 
-    return table(["", *(f"{w}, batch {b}" for w, b in points)], [
+    shown = table(["", *(f"{w}, batch {b}" for w, b in points)], [
         line("`in_backward`, SWN", "SWN, in backward"),
         line("the same on a plain layer", "plain, in backward"),
         line("torch's parametrization", "torch SWN"),
     ])
+    memory = value(folder, "in_backward", "memory_ratio", width=8192, batch=16, provider="SWN, in backward")
+    copy, low = (value(folder, "in_backward", "ratio_plain", width=4096, batch=16, autocast="bf16", provider=p)
+                 for p in ("PolarSGD, copy", "PolarSGD, copy, low gradients"))
+    return (f"{shown}\n\nAt 8192, batch 16, it needs {memory:.2f} times the memory. Under autocast (bf16, 4096, batch 16) "
+            f"PolarSGD with\n`autocast_copy` takes {copy:.2f} times the plain step, with 16-bit gradients {low:.2f} times.")
 
 
 def threads(folder):
