@@ -14,10 +14,11 @@ bench: build
 bench-full: build
 	$(RUN) -m bench.digits
 	$(RUN) -m bench.layers
-	$(RUN) -m bench.kernels
+	$(RUN) -m bench.kernels --reuse --threads 1 2 --seconds 3
 	$(RUN) -m bench.overhead
 	$(RUN) -m bench.optimizers
 	$(RUN) -m bench.in_backward
+	$(RUN) -m bench.models
 
 build: $(VENV)/built
 

@@ -23,7 +23,7 @@ def read(path):
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         names = reader.fieldnames or []
-        facts = set(harness.environment("cpu"))
+        facts = set(harness.environment("cpu")) - {"threads"}
         point = [n for n in names if n not in facts and not n.startswith(MEASURED)]
         ratios = [n for n in names if n.startswith("ratio_") and n + "_low" in names]
         if not ratios:

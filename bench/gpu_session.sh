@@ -51,8 +51,9 @@ racecheck() { sanitize racecheck; }
 
 bench() {
   run kernels "$python" -m bench.kernels --device cuda --seconds 2 --out "$results"
-  run layers "$python" -m bench.layers --device cuda --seconds 2 --out "$results"
+  run layers "$python" -m bench.layers --device cuda --forced --seconds 2 --out "$results"
   run optimizers "$python" -m bench.optimizers --device cuda --seconds 2 --out "$results"
+  run models "$python" -m bench.models --device cuda --seconds 2 --out "$results"
   run overhead "$python" -m bench.overhead --device cuda --seconds 3 --out "$results"
 }
 

@@ -152,27 +152,33 @@ def _proc(path, key):
     return int(re.search(rf"^{key}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)[1]) * 1024
 
 
-def _resident_peak(run, args, threads):
+def _resident_peak(run, args, threads, warm):
     torch.set_num_threads(threads)
     # What torch loads and allocates once (thread pools, its optimizers' modules: 80 MB) is not the price of `run`.
     layer = torch.nn.Linear(256, 256)
     layer(torch.randn(256, 256)).sum().backward()
     torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
     del layer
+    if warm:
+        run(*args)
+        gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
     before = _proc("/proc/self/status", "VmRSS")
     run(*args)
     return _proc("/proc/self/status", "VmHWM") - before
 
 
-def peak_memory(run, *args, device="cpu"):
+def peak_memory(run, *args, device="cpu", warm=False):
     """Peak bytes that run(*args) needs; all it uses (parameters, gradients, temporaries) must be created inside.
+    `warm`: that a second run needs, without what the first compiles and loads.
 
     CUDA: the most that torch's allocator held at once. CPU (Linux only, else nan): the growth of the resident set,
     at its highest, of a child process that has already imported everything. There every block from 128 kB on goes back
     to the system when it is freed: what glibc keeps otherwise changes from run to run by whole weights.
     """
     if torch.device(device).type == "cuda":
+        if warm:
+            run(*args)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -183,7 +189,7 @@ def peak_memory(run, *args, device="cpu"):
         return math.nan
     with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(2**17)), \
             ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_resident_peak, run, args, torch.get_num_threads()).result()
+        return pool.submit(_resident_peak, run, args, torch.get_num_threads(), warm).result()
 
 
 # Environment
@@ -240,16 +246,17 @@ def device_directory(device):
 # Output
 
 def write_csv(path, rows, facts):
-    """`rows` (dictionaries; a column may be missing in some) with the environment's `facts` in the last columns."""
+    """`rows` (dictionaries; a column may be missing in some) with the environment's `facts` in the last columns,
+    where a row says nothing else."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row)) + list(facts)
+    columns = list(dict.fromkeys([*(key for row in rows for key in row), *facts]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             row = {key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()}
-            writer.writerow(row | facts)
+            writer.writerow(facts | row)
 
 
 def table(header, rows):
@@ -337,10 +344,11 @@ def plot_bars(path, groups, *, ylabel, title, reference=None):
 
 # Command line
 
-def parser(description, seconds=None):
+def parser(description, seconds=None, several_threads=False):
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    arguments.add_argument("--threads", type=int, help="torch.set_num_threads (default: torch's own choice)")
+    arguments.add_argument("--threads", type=int, nargs="+" if several_threads else None,
+                           help="torch.set_num_threads (default: torch's own choice)")
     if seconds is not None:
         arguments.add_argument("--seconds", type=float, default=seconds,
                                help="least time for one point (default: %(default)s)")
@@ -352,6 +360,6 @@ def begin(options):
     """Applies the common options; returns (environment facts, the device's folder of results)."""
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no CUDA device")
-    if options.threads:
+    if isinstance(options.threads, int):
         torch.set_num_threads(options.threads)
     return environment(options.device), options.out / device_directory(options.device)

@@ -9,10 +9,9 @@ from torch import nn
 
 from wnkernels.optim import PolarSGD, autocast_copy, in_backward, polar_groups
 
-from . import harness
+from . import harness, training
 from .providers import torch_swn
 
-LR = 1e-9  # the weights stay what they are however often a step runs
 # Goals: to plain + SGD(fused) by (width, batch); to the same product on a plain layer; of the memory.
 BOUND_PLAIN = {(4096, 16): 0.50, (4096, 128): 0.75, (4096, 512): 1.00, (1024, 16): 0.80}
 BOUND_TRICK = 1.05
@@ -21,13 +20,14 @@ MEMORY_WIDTH = 8192
 
 
 def fused(layer):
-    return torch.optim.SGD(layer.parameters(), lr=LR, fused=True)
+    return torch.optim.SGD(layer.parameters(), lr=training.LR, fused=True)
 
 
 def inside(kind):
     def make(width):
         layer = nn.Sequential(nn.Linear(width, width))
-        optimizer = PolarSGD(polar_groups(layer, kind) if kind else layer.parameters(), lr=LR, kind=kind)
+        parameters = polar_groups(layer, kind) if kind else layer.parameters()
+        optimizer = PolarSGD(parameters, lr=training.LR, kind=kind)
         in_backward(layer, optimizer)
         return layer, optimizer
 
@@ -47,7 +47,7 @@ def parametrized(width):
 def polar(**copies):
     def make(width):
         layer = nn.Sequential(nn.Linear(width, width))
-        optimizer = PolarSGD(polar_groups(layer), lr=LR)
+        optimizer = PolarSGD(polar_groups(layer), lr=training.LR)
         if copies:
             autocast_copy(layer, optimizer, **copies)
         return layer, optimizer
@@ -72,53 +72,54 @@ BFLOAT16 = {
     "PolarSGD, copy, low gradients": (polar(dtype=torch.bfloat16, low_gradients=True), True),
     "SWN, in backward": (inside("swn"), True),
 }
-# Bytes for each element of the weight in a step under autocast, each read and each write counted.
+# Bytes for each element of the weight in a step, each read and each write counted: in float32 as few as can be (the
+# weight for y, the weight for dx and the update, the weight written; plain: see bench.layers), under autocast as each
+# does it.
+FLOAT32_BYTES = {"plain": 24, "plain, in backward": 12, "SWN, in backward": 12, "EWN, in backward": 12}
 AUTOCAST_BYTES = {"plain": 30, "PolarSGD": 30, "PolarSGD, copy": 26, "PolarSGD, copy, low gradients": 18,
                   "SWN, in backward": 22}
 
 
-def training_step(provider, width, batch, autocast):
-    """A function that takes one step. The gradient of the output is given, so that no loss adds to the time."""
-    make, set_to_none = provider
+def parts(table, name, width, batch):
+    """(forward, optimizer, input, gradient of the output) and the options of `training.timed`."""
+    make, set_to_none = table[name]
     torch.manual_seed(0)
     layer, optimizer = make(width)
     x = torch.randn(batch, width, requires_grad=True)
     dy = torch.randn(batch, width)
-    low = dy.bfloat16()
 
-    def step():
-        if autocast:
-            with torch.autocast("cpu", torch.bfloat16):
-                y = layer(x)
-            y.backward(low)
-        else:
-            layer(x).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=set_to_none)
-        x.grad = None
+    def lowered(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
 
-    return step
-
-
-def three_steps(table, name, width, batch):
-    step = training_step(table[name], width, batch, table is BFLOAT16)
-    for _ in range(3):
-        step()
+    forward, dy = (lowered, dy.bfloat16()) if table is BFLOAT16 else (layer, dy)
+    return (forward, optimizer, x, dy), {"set_to_none": set_to_none}
 
 
 def memory_of(name, width, batch):
-    three_steps(FLOAT32, name, width, batch)
+    arguments, options = parts(FLOAT32, name, width, batch)
+    training.three_steps(*arguments, **options)
 
 
 def run(table, width, batch, seconds):
-    calls = {name: training_step(provider, width, batch, table is BFLOAT16) for name, provider in table.items()}
+    calls = {}
+    for name in table:
+        arguments, options = parts(table, name, width, batch)
+        calls[name] = training.timed("full", *arguments, **options)
+    if 4 * width * width > harness.cache_bytes("cpu"):
+        source, target = (torch.randn(width, width) for _ in range(2))
+        calls["copy"] = lambda: target.copy_(source)
     times = harness.measure(calls, seconds=seconds)
     rows = []
-    for name in table:
+    for name in calls:
         row = {"width": width, "batch": batch, "autocast": "bf16" if table is BFLOAT16 else "", "provider": name}
-        row |= harness.summary(times, name, {"plain": "plain"} | ({"trick": "plain, in backward"} if table is FLOAT32 else {}))
-        if table is BFLOAT16:
-            row["bytes_per_element"] = AUTOCAST_BYTES[name]
+        bases = {"plain": "plain"} | ({"trick": "plain, in backward"} if table is FLOAT32 else {})
+        row |= harness.summary(times, name, bases)
+        moved = AUTOCAST_BYTES.get(name) if table is BFLOAT16 else FLOAT32_BYTES.get(name)
+        if moved:
+            row["bytes_per_element"] = moved
+            if "copy" in calls:
+                row["percent_of_copy"] = 100 * moved / 8 / harness.ratio(times[name], times["copy"])[0]
         rows.append(row)
     return rows
 

@@ -7,11 +7,11 @@ one large weight and for many small ones, and a full training step of one Linear
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from wnkernels.optim import PolarAdamW, PolarSGD, polar_groups
 
-from . import harness
+from . import harness, training
+from .providers import parametrized
 
 # name -> (torch's optimizer, ours, options, bytes of a step per byte of weight, bound on the step of a 4096^2 weight)
 OPTIMIZERS = {
@@ -19,73 +19,66 @@ OPTIMIZERS = {
     "SGD, momentum": (torch.optim.SGD, PolarSGD, {"momentum": 0.9}, 5, 1.08),
     "AdamW": (torch.optim.AdamW, PolarAdamW, {"weight_decay": 1e-2}, 7, 1.08),
 }
-LR = 1e-9  # the weights stay what they are however often a step runs
+MEMORY = ("torch fused", "torch parametrized", "wnkernels")  # whose peak memory is taken
 
 
 def polar(ours, model, options, **more):
-    return ours(polar_groups(model, kind="swn"), lr=LR, **options, **more)
+    return ours(polar_groups(model, kind="swn"), lr=training.LR, **options, **more)
 
 
 def providers(torchs, ours, options):
     """name -> function from a maker of models to (model, optimizer)."""
+    theirs = lambda model, **more: torchs(model.parameters(), lr=training.LR, **options, **more)  # noqa: E731
     return {
-        "torch fused": lambda make: (m := make(), torchs(m.parameters(), lr=LR, fused=True, **options)),
-        "torch foreach": lambda make: (m := make(), torchs(m.parameters(), lr=LR, foreach=True, **options)),
-        "torch parametrized": lambda make: (m := parametrized(make()), torchs(m.parameters(), lr=LR, fused=True, **options)),
+        "torch fused": lambda make: (m := make(), theirs(m, fused=True)),
+        "torch foreach": lambda make: (m := make(), theirs(m, foreach=True)),
+        "torch parametrized": lambda make: (m := parametrized(make()), theirs(m, fused=True)),
         "wnkernels": lambda make: (m := make(), polar(ours, m, options)),
         "wnkernels, telemetry": lambda make: (m := make(), polar(ours, m, options, telemetry=True)),
     }
 
 
-def parametrized(model):
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            parametrizations.weight_norm(module)
-    return model
+def large():
+    return nn.Sequential(nn.Linear(4096, 4096, bias=False))
 
 
-def step_alone(make, provider):
-    model, optimizer = provider(make)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    return optimizer.step
+def small():
+    return nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(200)))
 
 
-def full_step(make, provider, batch):
-    model, optimizer = provider(make)
-    x = torch.randn(batch, 4096, requires_grad=True)
-    dy = torch.randn(batch, 4096)
-
-    def step():
-        model(x).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad()
-        x.grad = None
-
-    return step
+# case -> (maker of models, mode, batch)
+CASES = {
+    "step, 4096x4096": (large, "step", 1),
+    "step, 200 of 16x16": (small, "step", 1),
+    "full step, 4096x4096, batch 16": (large, "full", 16),
+}
 
 
-def cases():
-    """(name, maker of models, function from (maker, provider) to a call)"""
-    large = lambda: nn.Sequential(nn.Linear(4096, 4096, bias=False))  # noqa: E731
-    small = lambda: nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(200)))  # noqa: E731
-    yield "step, 4096x4096", large, step_alone
-    yield "step, 200 of 16x16", small, step_alone
-    yield "full step, 4096x4096, batch 16", large, lambda make, provider: full_step(make, provider, 16)
+def parts(case, optimizer, provider, device):
+    """Model, optimizer, input and gradient of the output."""
+    make, _, batch = CASES[case]
+    with torch.device(device):
+        model, steps = providers(*OPTIMIZERS[optimizer][:3])[provider](make)
+        return model, steps, torch.randn(batch, 4096, requires_grad=True), torch.randn(batch, 4096)
+
+
+def three_steps(*names):
+    training.three_steps(*parts(*names))
 
 
 def main(arguments=None):
     parser = harness.parser(__doc__, seconds=10)
     parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the peak memory")
     options = parser.parse_args(arguments)
     facts, folder = harness.begin(options)
-    rows, missed, chosen = [], [], [case for case in cases() if options.only in case[0]]
+    rows, missed, chosen = [], [], {name: case for name, case in CASES.items() if options.only in name}
     with harness.Progress(len(chosen) * len(OPTIMIZERS), "optimizers") as progress:
-        for case, make, build in chosen:
+        for case, (_, mode, _) in chosen.items():
             for name, (torchs, ours, settings, passes, bound) in OPTIMIZERS.items():
-                with torch.device(options.device):  # not around the calls, each of which it would slow down
-                    calls = {p: build(make, provider) for p, provider in providers(torchs, ours, settings).items()}
-                    source, copy = torch.randn(4096, 4096), torch.empty(4096, 4096)
+                calls = {p: training.timed(mode, *parts(case, name, p, options.device))
+                         for p in providers(torchs, ours, settings)}
+                source, copy = (torch.randn(4096, 4096, device=options.device) for _ in range(2))
                 if "4096" in case:
                     calls["copy"] = lambda: copy.copy_(source)  # noqa: B023
                 times = harness.measure(calls, device=options.device, seconds=options.seconds)
@@ -93,8 +86,11 @@ def main(arguments=None):
                     row = {"case": case, "optimizer": name, "provider": provider}
                     row |= harness.summary(times, provider, {"fused": "torch fused", "foreach": "torch foreach"})
                     if case == "step, 4096x4096" and provider != "copy":
-                        copied = sorted(times["copy"])[len(times["copy"]) // 2] * 1e3
-                        row["percent_of_copy"] = 100 * passes / 2 * copied / row["ms"]
+                        copied, _, _ = harness.ratio(times[provider], times["copy"])
+                        row["percent_of_copy"] = 100 * passes / 2 / copied
+                    if mode == "full" and provider in MEMORY and options.memory:
+                        point = case, name, provider, options.device
+                        row["peak_bytes"] = harness.peak_memory(three_steps, *point, device=options.device)
                     rows.append(row)
                 goal = bound if case.startswith("step, 4096") else 1.02 if case.startswith("full") else 1.0
                 mine = next(r for r in reversed(rows) if r["provider"] == "wnkernels")
@@ -103,10 +99,12 @@ def main(arguments=None):
                         missed.append(f"{case}, {name}: {harness.interval(mine, other)} of torch {other}, goal {goal}")
                 progress.step(f"{case}, {name}")
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
-    print(harness.table(["case", "optimizer", "provider", "ms", "vs torch fused", "% of copy"], [
+    print(harness.table(["case", "optimizer", "provider", "ms", "vs torch fused", "% of copy", "peak MB"], [
         [r["case"], r["optimizer"], r["provider"], f"{r['ms']:.3f}", harness.interval(r, "fused"),
-         f"{r['percent_of_copy']:.0f}" if "percent_of_copy" in r else ""] for r in rows]))
-    print("\nmedians; ratios of medians [95% confidence interval]; % of copy: bytes moved per second against a copy")
+         f"{r['percent_of_copy']:.0f}" if "percent_of_copy" in r else "",
+         f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else ""] for r in rows]))
+    print("\nmedians; ratios of medians [95% confidence interval]; % of copy: bytes moved per second against a "
+          "copy; peak MB: memory of three steps, weights included")
     for line in missed:
         print(f"missed: {line}")
     harness.write_csv(folder / "optimizers.csv", rows, facts)

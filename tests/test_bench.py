@@ -1,15 +1,20 @@
 """The harness that the benchmarks stand on: its statistics, its files, and that every benchmark's cases run."""
 
 import csv
+import functools
 import math
 import os
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from bench import compare, digits, harness, kernels, layers, overhead, providers, readme
+from bench import (compare, digits, harness, in_backward, kernels, layers, models, optimizers, overhead,
+                   providers, readme, training)
+from wnkernels import reference
 
 
 def test_ratio_finds_a_factor_in_drifting_noise():
@@ -90,15 +95,118 @@ def test_fits():
     assert harness.fits(1, "cpu") and not harness.fits(2**60, "cpu")
 
 
-@pytest.mark.parametrize("name", layers.PROVIDERS)
+@pytest.mark.parametrize("name", providers.linear("cpu", forced=True))
 def test_providers_compute_the_same_function(name):
     torch.manual_seed(0)
     plain = torch.nn.Linear(24, 17, dtype=torch.float64)
     torch.manual_seed(0)
-    layer = layers.PROVIDERS[name](24, 17, dtype=torch.float64)
+    layer = providers.linear("cpu", forced=True)[name](24, 17, dtype=torch.float64)
     x = torch.randn(5, 24, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
-    layers.three_steps(name, 16, 4, torch.float32, "cpu", True)
+    with providers.compiling(backward_again=True):
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
+        if name in providers.COMPILED:
+            optimizer, dy = torch.optim.SGD(layer.parameters()), torch.ones(5, 17, dtype=torch.float64)
+            backward = training.timed("backward", layer, optimizer, x, dy)
+            torch.testing.assert_close(backward(), backward(), rtol=0, atol=0)
+        else:
+            layers.three_steps(name, 16, 4, torch.float32, "cpu", True)
+
+
+@pytest.fixture
+def flag_gems(monkeypatch):
+    """What is used of FlagGems, in torch: that it is called rightly is all that can be seen without a GPU."""
+    backward = torch.ops.aten._weight_norm_interface_backward
+    stub = types.SimpleNamespace(weight_norm_interface=torch._weight_norm_interface,
+                                 weight_norm_interface_backward=backward)
+    monkeypatch.setitem(sys.modules, "flag_gems", stub)
+
+
+def test_flag_gems_is_a_provider_where_it_is_installed(monkeypatch, flag_gems):
+    assert providers.has_flag_gems("cuda") and not providers.has_flag_gems("cpu")
+    monkeypatch.setattr(providers, "has_flag_gems", lambda device: True)
+    assert "FlagGems SWN" in providers.linear("cuda")
+    function = providers.weight_norms("cuda", compile=False)["FlagGems"]
+    v, G = torch.randn(2, 5, 7)
+    leaves = v.requires_grad_(), torch.rand(5, 1).requires_grad_()
+    results = [torch.autograd.grad(w, leaves, G) for w in (function(*leaves), reference.weight_norm(*leaves))]
+    torch.testing.assert_close(*results)
+
+
+def test_flag_gems_is_none_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flag_gems", None)
+    assert not providers.has_flag_gems("cuda")
+
+
+def test_timed_modes():
+    layer, x, dy = torch.nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True), torch.randn(4, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = [p.clone() for p in layer.parameters()]
+    torch.testing.assert_close(training.timed("forward", layer, optimizer, x, dy)(), layer(x))
+    backward = training.timed("backward", layer, optimizer, x, dy)
+    backward()
+    torch.testing.assert_close(backward(), (dy.T @ x, dy.sum(0), dy @ layer.weight))
+    assert len(training.timed("backward", layer, optimizer, x.detach(), dy)()) == 2
+    torch.testing.assert_close([*layer.parameters()], before, rtol=0, atol=0)
+    training.timed("full", layer, optimizer, x, dy)()
+    torch.testing.assert_close(layer.weight, before[0] - 0.1 * (dy.T @ x))
+    assert layer.weight.grad is None and x.grad is None
+    weight = layer.weight.clone()
+    training.timed("step", layer, optimizer, x, dy)()
+    torch.testing.assert_close(layer.weight, weight - 0.1 * layer.weight.grad)
+    with pytest.raises(ValueError, match="sideways"):
+        training.timed("sideways", layer, optimizer, x, dy)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_the_floor_of_a_step_is_that_of_its_parts(hidden):
+    floors = [layers.floor_bytes(mode, 100, 3, torch.float32, hidden) for mode in training.MODES]
+    assert sum(floors[:3]) == floors[3] == 4 * (5 + hidden) * 100**2 + 4 * (4 + hidden) * 300
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Of a benchmark whose figures nobody reads."""
+    monkeypatch.setattr(harness, "measure", functools.partial(harness.measure, sample=0))
+    return types.SimpleNamespace(device="cpu", seconds=0, rounds=1, compile=False, memory=False, forced=True, reuse=True)
+
+
+def test_layers_measure_every_mode(monkeypatch, options):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1000)
+    for mode in training.MODES:
+        rows = layers.run(mode, (16, 4, torch.float32, "cpu", True), options)
+        assert [r["provider"] for r in rows] == [*providers.linear("cpu", compile=False, forced=True), "copy"]
+        assert all(r["percent_of_copy"] > 0 and r["gb_per_s"] > 0 for r in rows[:-1])
+
+
+@pytest.mark.parametrize("model", models.MODELS)
+def test_models_are_the_same_function_under_every_provider(model):
+    results = []
+    for provider in models.PROVIDERS.keys() - set(models.COMPILED):
+        forward, optimizer, x, dy = models.parts(model, "SGD", provider, "cpu")
+        forward.eval()
+        with torch.no_grad():
+            results.append(forward(x))
+        assert dy.shape == results[-1].shape
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_models_measure_every_point(monkeypatch, options):
+    monkeypatch.setitem(models.MODELS, "tiny", (lambda: torch.nn.Sequential(models.Encoder(8, 2)), (2, 3, 8)))
+    for optimizer, mode in models.POINTS:
+        names = [r["provider"] for r in models.run("tiny", optimizer, mode, options)]
+        assert names[0] == "plain" and ("polar, in backward" in names) == (mode == "full")
+
+
+def test_optimizers_and_steps_in_the_backward_run(monkeypatch, options):
+    monkeypatch.setitem(optimizers.CASES, "tiny", (optimizers.small, "step", 1))
+    for name, settings in optimizers.OPTIMIZERS.items():
+        for provider in optimizers.providers(*settings[:3]):
+            training.timed("step", *optimizers.parts("tiny", name, provider, "cpu"))()
+    for table in (in_backward.FLOAT32, in_backward.BFLOAT16):
+        rows = in_backward.run(table, 64, 3, 0)
+        assert [r["provider"] for r in rows] == list(table)
+        assert sum("bytes_per_element" in r for r in rows) >= 4
 
 
 def test_digits_curves_and_verdicts(monkeypatch):
@@ -116,16 +224,32 @@ def test_digits_curves_and_verdicts(monkeypatch):
 
 
 def test_kernels_agree():
-    t = kernels.tensors(8, 33, torch.float64, "cpu")
-    for name, (_, calls) in kernels.KERNELS.items():
-        if len(calls) == 2:
+    normed = providers.weight_norms("cpu")
+    with providers.compiling(backward_again=True):
+        t = kernels.tensors(8, 33, torch.float64, "cpu", normed)
+        for name, (_, calls) in kernels.kernels(normed).items():
             torch.manual_seed(0)
             G, out = torch.randn_like(t.G), torch.randn_like(t.out)
             results = []
             for call in calls.values():
                 t.G.copy_(G), t.out.copy_(out)
                 results.append((call(t), t.G.clone(), t.out.clone()))
-            torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}")
+            for result in results[1:]:
+                torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12,
+                                           msg=lambda m: f"{name}: {m}")
+
+
+def test_kernels_against_their_goals(monkeypatch, options):
+    monkeypatch.setattr(kernels, "QUICK", ((4, 8),))
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 0)
+    rows = kernels.run((4, 8), torch.float32, options)
+    assert {r["threads"] for r in rows} == {torch.get_num_threads()}
+    for r in rows:
+        assert ("ratio_add" in r) == (r["floor_bytes"] == 3 * 4 * 4 * 8)
+        r |= {f"ratio_{of}{end}": 1.0 for of in ("copy", "add") for end in ("", "_low", "_high")}
+    assert {r["kernel"] for r in rows if kernels.goal(r)} == set(kernels.GOALS)
+    assert [line.split(",")[1] for line in kernels.missed(rows)] == [" row norm"]
+    assert not list(kernels.missed([r | {"outputs": "fresh"} for r in rows]))
 
 
 def test_overhead_calls_run():
@@ -163,9 +287,19 @@ def test_compare_refuses_tables_without_ratios(tmp_path):
         compare.read(path)
 
 
-def test_the_readme_says_what_was_measured():
-    page = (readme.ROOT / "README.md").read_text()
-    assert readme.render(page) == page, "run python -m bench.readme"
+def test_compare_keeps_thread_counts_apart(tmp_path, capsys):
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    for path, ratio in ((old, 1.0), (new, 2.0)):
+        rows = [{"kernel": "k", "threads": t, "ratio_copy": r, "ratio_copy_low": r, "ratio_copy_high": r}
+                for t, r in ((1, 1.0), (2, ratio))]
+        harness.write_csv(path, rows, {"device": "x", "threads": 7})
+    assert compare.main([str(old), str(new)]) == 1
+    assert "1 ratios are worse; 2 points in both tables" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_the_pages_say_what_was_measured(page):
+    assert readme.render(page) == (readme.ROOT / page).read_text(), "run python -m bench.readme"
 
 
 def test_readme_sections_follow_their_tables(tmp_path):
@@ -173,9 +307,11 @@ def test_readme_sections_follow_their_tables(tmp_path):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            row |= {name: 9.25 for name in row if name.startswith("ratio_") and row[name]}
+            row |= {name: 9.25 for name in row if name.startswith(("ratio_", "percent_")) and row[name]}
         harness.write_csv(tmp_path / path.name, rows, {})
-    page = readme.render((readme.ROOT / "README.md").read_text(), tmp_path)
-    assert page.count("9.25") > 30
+    page = readme.render("README.md", tmp_path)
+    assert page.count("9.25") > 60 and page.count("**missed**") == 12
+    page = readme.render("docs/roofline.md", tmp_path)
+    assert page.count("| 9 |") + page.count("| 9 / 9 |") == 15, "every row's % of a copy"
     with pytest.raises(LookupError, match="digits"):
-        readme.render(page.replace("<!-- digits -->", ""))
+        readme.render("README.md", text="no section")
