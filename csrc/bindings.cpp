@@ -25,6 +25,11 @@ c10::List<std::optional<Tensor>> as_list(const std::vector<std::optional<Tensor>
   return list;
 }
 
+Tensors foreach_weight_norm(const Tensors& v, const Tensors& g, const std::vector<int64_t>& dims,
+                            const std::vector<int64_t>& kinds, std::optional<at::ScalarType> out_dtype) {
+  return op::foreach_weight_norm(v, g, dims, kinds, out_dtype);
+}
+
 void polar_sgd_(const Tensors& weights, const Tensors& grads, const Tensors& radius, const Tensors& norm,
                 const Tensors& momentum_buffers, const Tensors& radius_momentum, const Tensors& copies,
                 const Tensors& telemetry, string_view kind, const std::vector<int64_t>& dims,
@@ -72,6 +77,7 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "weight_norm", op::weight_norm);
   define(m, "weight_norm_linear", op::weight_norm_linear);
+  define(m, "foreach_weight_norm", foreach_weight_norm);
   define(m, "row_norm", op::row_norm);
   define(m, "project_", op::project_);
   define(m, "normalize_", op::normalize_);

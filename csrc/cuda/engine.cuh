@@ -13,13 +13,16 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "device.h"
 #include "dispatch.h"
 #include "heuristics.h"
 #include "kernels.h"
+#include "table.cuh"
 
 namespace wn::cuda {
 
@@ -500,6 +503,15 @@ row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan 
   if (row < problem.layout.rows) process_row<S, Store>(problem, plan, row);
 }
 
+// The rows of many problems: blocks of one size, each with rows of one problem.
+template <class S>
+WN_KERNEL(table_threads, row_blocks<S>) row_table_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+  const int64_t block = table.first + bid();
+  const auto& entry = table.of_block(block);
+  const int64_t row = (block - entry.begin) * entry.plan.per_block + tid() / entry.plan.width;
+  if (row < entry.problem.layout.rows) process_row<S, Registers>(entry.problem, entry.plan, row);
+}
+
 // ---- rows split over blocks: partial Gram matrices, then coefficients, then the combination ------------------------
 
 // What one block knows of a row.
@@ -865,6 +877,42 @@ template <class F> void run(const Problem<F>& given, void* stream, void* workspa
   with_signature(problem, [&](auto signature) {
     using S = decltype(signature);
     launch_path<S>(problem, choose(facts_of<S>(problem, workspace != nullptr), current_device()), workspace, stream);
+  });
+}
+
+// A launch as soon as a table is full. What is left in the list has rows for several blocks, long ones, or columns.
+template <class F> void run_short_rows(std::vector<Problem<F>>& problems, void* stream) {
+  if (problems.empty()) return;
+  with_signature(problems.front(), [&](auto signature) {
+    using S = decltype(signature);
+    const Device& device = current_device();
+    const auto table = std::make_unique<Table<F>>();
+    Shape shape{0, table_threads, 1, 0};
+    table->count = 0;
+    const auto launch_table = [&] {
+      const int64_t blocks = shape.blocks;
+      for (table->first = 0; table->first < blocks; table->first += shape.blocks) {
+        shape.blocks = std::min(blocks - table->first, device.blocks);
+        launch("rows, table", shape, stream, row_table_kernel<S>, *table);
+      }
+      shape.blocks = 0;
+      table->count = 0;
+    };
+    std::vector<Problem<F>> left;
+    for (const Problem<F>& given : problems) {
+      const Problem<F> problem = simplified(given);
+      Plan plan = choose(facts_of<S>(problem, true), device);
+      if (!fits_table(plan, problem.layout.rows)) {
+        left.push_back(given);
+        continue;
+      }
+      if (table->count == table->most) launch_table();
+      table->entry[table->count++] = {problem, plan, shape.blocks, nullptr};
+      shape.blocks += plan.shape.blocks;
+      shape.shared_bytes = std::max(shape.shared_bytes, plan.shape.shared_bytes);
+    }
+    launch_table();
+    problems = std::move(left);
   });
 }
 
