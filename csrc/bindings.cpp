@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "ops.h"
+#include "shared_weights.h"
 
 namespace wn {
 namespace {
@@ -85,6 +86,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "polar_adam_", polar_adam_);
   define(m, "in_backward_linear", op::in_backward_linear);
   define(m, "in_backward_sgd_", in_backward_sgd_);
+  py::class_<SharedWeights>(m, "SharedWeights")
+      .def(py::init([](const std::vector<std::optional<Tensor>>& v, const std::vector<std::optional<Tensor>>& g,
+                       const std::vector<int64_t>& dims, const std::vector<int64_t>& kinds,
+                       const std::vector<bool>& lowered) {
+        const py::gil_scoped_release no_gil;
+        return std::make_unique<SharedWeights>(v, g, dims, kinds, lowered);
+      }))
+      .def("take", &SharedWeights::take)
+      .def("plain", &SharedWeights::plain);
   m.attr("build_info") = build_info();
 }
 

@@ -13,32 +13,33 @@ are those of the layers on their own.
 Every forward that records gradients computes the weights once more, so forwards before a backward, gradient accumulation
 and unused layers are as ever. The weights live as long as that forward and its graph; the one node of autograd holds the
 gradients of all of them until the last is there. Without gradients the weights are kept for the next forward, until a
-parameter is written, which its version tells (``p.data`` hides it), or gradients are recorded. Grad mode and autocast may
-change inside the forward: each combination has its own weights.
+parameter is written, which its version tells (an edit of ``p.data`` in place hides it), or gradients are recorded. Grad
+mode and autocast may change inside the forward: each combination has its own weights.
 
 A layer computes its own weight, as without all this, where it is called from outside of a forward of `model`, where its
-parameters have been written since this forward began, under `torch.compile`, `torch.jit.trace`, transforms, forward mode,
-and hooks on saved tensors (activation checkpointing), and where its parameters are no plain tensors (DTensor). A weight
-that is edited in place is computed anew.
+parameters or the weight have been written since this forward began, under `torch.compile`, `torch.jit.trace`, transforms
+and hooks on saved tensors (activation checkpointing), and where its parameters are no plain tensors (DTensor).
 
 State dicts do not change. Deep copies and pickles of the model have a handle of their own, which `foreach_weight_norm` of
 the copy returns.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize as torch_parametrize
 
-from . import functional, parametrize
+from . import _C, functional, parametrize
 from . import nn as layers
 
 __all__ = ["ForeachWeightNorm", "foreach_weight_norm"]
 
 # Weights of up to this many elements are small: they stay in a core's cache, and `nn.Linear` forms them (csrc/linear.cpp).
 SMALL = 1 << 18
+
+_PLAIN = {nn.Parameter, Tensor}
 
 
 def foreach_weight_norm(model: nn.Module) -> "ForeachWeightNorm":
@@ -49,7 +50,7 @@ def foreach_weight_norm(model: nn.Module) -> "ForeachWeightNorm":
 
     Returns: the handle; that which the model has, if it has one.
 
-    Raises: ValueError where the model has no such layer of up to SMALL elements.
+    Raises: ValueError where the model has no such weight of up to SMALL elements.
     """
     for hook in model._forward_pre_hooks.values():
         if isinstance(getattr(hook, "__self__", None), ForeachWeightNorm):
@@ -58,95 +59,61 @@ def foreach_weight_norm(model: nn.Module) -> "ForeachWeightNorm":
 
 
 class _Place(NamedTuple):
-    """Where the parameters of a weight are now, whatever has been put in their place."""
+    """Where a layer's parameters are now, whatever has been put in their place."""
 
-    holders: tuple[dict, dict]  # parameters and buffers of a module
+    index: int
+    tensors: dict[str, Tensor]  # the parameters, or the buffers, of a module
     radius: str
     v: str
-    dim: int | None
-    kind: str
-
-    def parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        parameters, buffers = self.holders
-        if self.v in parameters:
-            return parameters.get(self.radius), parameters[self.v]
-        return buffers.get(self.radius), buffers.get(self.v)
 
 
-class _Weight(NamedTuple):
-    w: Tensor
-    radius: Tensor
-    v: Tensor
-    marks: tuple[int, ...]
-    scope: object  # the token of the forward in which it was computed
-
-
-class _Scope:
+class _Forward:
     """A forward of the model, in one thread."""
 
-    def __init__(self, handle: "ForeachWeightNorm", outer: "_Scope | None") -> None:
-        self.handle, self.outer, self.token = handle, outer, object()
-        self.weights: dict[tuple, dict[nn.Module, _Weight]] = {}  # with a graph
+    def __init__(self, handle: "ForeachWeightNorm", outer: "_Forward | None") -> None:
+        self.handle, self.outer = handle, outer
+        self.last: _C.SharedWeights | None = None  # which a layer took its weight from
+        self.recorded: dict[tuple, _C.SharedWeights] = {}
+        self.computed: set[tuple] = set()
 
-    def weight_of(self, layer: nn.Module, out_dtype: torch.dtype | None, given: tuple = ()) -> Tensor | None:
-        """w for a layer; None where it has to compute its own. `given` are the radius and v that it is to be of, if they
-        might be others than those of the layer."""
-        handle = self.handle
-        place = handle.places.get(layer)
-        if place is None or _elsewhere():
+    def weight_of(self, layer: nn.Module, given: tuple[Tensor, ...] = ()) -> Tensor | None:
+        """w as the layer needs it now; None where the layer has to compute it.
+
+        `given` are the radius and v that w is wanted of, where these might be others than the layer's.
+        """
+        place = self.handle.places.get(layer)
+        if place is None:
             return None
-        radius, v = place.parameters()
-        if not (type(v) in _PLAIN and type(radius) in _PLAIN) or (given and (given[0] is not radius or given[1] is not v)):
+        v, radius = place.tensors.get(place.v), place.tensors.get(place.radius)
+        if given and (given[0] is not radius or given[1] is not v):
             return None
-        recorded = torch.is_grad_enabled()
-        key = v.device, v.dtype, out_dtype, recorded
-        known = self.weights if recorded else handle.kept
-        weights = known.get(key)
-        weight = weights and weights.get(layer)
-        if weight and weight.radius is radius and weight.v is v and weight.marks == _marks(weight.w, radius, v):
-            return weight.w
-        if weights and (weight is None or weight.scope is self.token):
+        w = self.last and self.last.take(place.index, v, radius)
+        return self._look_for(place.index, v, radius) if w is None else w
+
+    def _look_for(self, index: int, v: Tensor | None, radius: Tensor | None) -> Tensor | None:
+        if type(v) not in _PLAIN or type(radius) not in _PLAIN or _elsewhere():
             return None
-        if recorded:
-            handle.kept.clear()
-        weights = self.compute(key)
-        if recorded or type(weights[layer].w) is Tensor and not _capturing(v):
-            known[key] = weights
-        return weights[layer].w
-
-    def compute(self, key: tuple) -> dict[nn.Module, _Weight]:
-        device, dtype, out_dtype, _ = key
-        chosen = []
-        for layer, place in self.handle.places.items():
-            radius, v = place.parameters()
-            if type(v) in _PLAIN and type(radius) in _PLAIN and v.device == device and v.dtype == dtype:
-                chosen.append((layer, place, radius, v))
-        made = functional.foreach_weight_norm(
-            [v for *_, v in chosen], [radius for _, _, radius, _ in chosen], [place.dim for _, place, *_ in chosen],
-            [place.kind for _, place, *_ in chosen], out_dtype)
-        return {layer: _Weight(w, radius, v, _marks(w, radius, v), self.token)
-                for (layer, _, radius, v), w in zip(chosen, made)}
-
-
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def _marks(w: Tensor, radius: Tensor, v: Tensor) -> tuple[int, ...]:
-    """What changes when somebody writes one of them."""
-    return (w._version if not w.is_inference() else 0), radius._version, v._version, radius.data_ptr(), v.data_ptr()
-
-
-def _capturing(v: Tensor) -> bool:
-    return v.is_cuda and torch.cuda.is_current_stream_capturing()
+        recorded, device = torch.is_grad_enabled(), v.device.type
+        lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        key = recorded, device, torch.get_autocast_dtype(device) if lowered else None
+        known = self.recorded if recorded else self.handle.kept
+        self.last = known.get(key)
+        w = self.last and self.last.take(index, v, radius)
+        if w is None and key not in self.computed:
+            self.computed.add(key)
+            self.last = self.handle.compute()
+            w = self.last.take(index, v, radius)
+            if recorded:
+                self.handle.kept.clear()  # they are about to be trained
+            if recorded or self.last.plain() and not (v.is_cuda and torch.cuda.is_current_stream_capturing()):
+                known[key] = self.last
+        return w
 
 
 def _elsewhere() -> bool:
-    """Whether somebody else decides what is computed when."""
+    """Whether somebody wants to see every layer compute its own weight."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
 
@@ -156,28 +123,40 @@ class ForeachWeightNorm:
 
     def __init__(self, model: nn.Module) -> None:
         self.places: dict[nn.Module, _Place] = {}
+        self.dims: list[int] = []
+        self.kinds: list[int] = []
+        self.lowered: list[bool] = []  # autocast has a say in the dtype of w
         for module in model.modules():
             if isinstance(module, layers.WeightNormed):
-                suffix = layers.RADIUS_SUFFIX[module.kind]
-                self._add(module, module, "weight" + suffix, "weight_v", module.dim, module.kind)
-            elif isinstance(module, torch_parametrize.ParametrizationList):
-                norm = module[0]
-                if isinstance(norm, parametrize.WeightNorm):
-                    self._add(norm, module, "original0", "original1", norm.dim, norm.kind)
+                self._add(module, module._parameters, "weight" + layers.RADIUS_SUFFIX[module.kind], "weight_v", True)
+            elif isinstance(module, torch_parametrize.ParametrizationList) and isinstance(
+                module[0], parametrize.WeightNorm
+            ):
+                tensors = module._parameters if "original1" in module._parameters else module._buffers
+                self._add(module[0], tensors, "original0", "original1", False)
         if not self.places:
             raise ValueError(f"model {type(model).__name__} must have a layer of wnkernels.nn or a tensor under "
                              f"wnkernels.weight_norm of up to {SMALL} elements, and has none")
-        self.kept: dict[tuple, dict[nn.Module, _Weight]] = {}  # without a graph
+        self.kept: dict[tuple, _C.SharedWeights] = {}  # of forwards without gradients
         self._handles = [
             model.register_forward_pre_hook(self._begin, prepend=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
 
-    def _add(self, layer: nn.Module, holder: nn.Module, *names_and_settings) -> None:
-        place = _Place((holder._parameters, holder._buffers), *names_and_settings)
-        v = place.parameters()[1]
-        if v is not None and v.numel() <= SMALL:
-            self.places[layer] = place
+    def _add(self, layer: nn.Module, tensors: dict, radius: str, v: str, lowered: bool) -> None:
+        if tensors[v].numel() <= SMALL:
+            self.places[layer] = _Place(len(self.places), tensors, radius, v)
+            self.dims.append(functional._front_dim(layer.dim, tensors[v]))
+            self.kinds.append(functional._KINDS[layer.kind])
+            self.lowered.append(lowered)
+
+    def compute(self) -> "_C.SharedWeights":
+        """All weights, of the parameters as they are now."""
+        places = self.places.values()
+        vs, radii = [p.tensors.get(p.v) for p in places], [p.tensors.get(p.radius) for p in places]
+        if not {*map(type, chain(vs, radii))} <= _PLAIN:
+            vs = [v if type(v) in _PLAIN and type(radius) in _PLAIN else None for v, radius in zip(vs, radii)]
+        return _C.SharedWeights(vs, radii, self.dims, self.kinds, self.lowered)
 
     def remove(self) -> None:
         """Every layer computes its own weight again."""
@@ -189,11 +168,11 @@ class ForeachWeightNorm:
         return self.__dict__ | {"kept": {}}
 
     def _begin(self, *_) -> None:
-        if not torch.compiler.is_compiling():
-            layers.running.forward = _Scope(self, layers.running.forward)
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+            layers.running.forward = _Forward(self, layers.running.forward)
 
     def _end(self, *_) -> None:
         if not torch.compiler.is_compiling():
-            scope = layers.running.forward
-            if scope is not None and scope.handle is self:
-                layers.running.forward = scope.outer
+            forward = layers.running.forward
+            if forward is not None and forward.handle is self:
+                layers.running.forward = forward.outer

@@ -237,6 +237,7 @@ class _Running(threading.local):
 
 
 running = _Running()
+_compiling = torch.compiler.is_compiling
 
 
 class WeightNormed(nn.Module):
@@ -327,26 +328,24 @@ class WeightNormed(nn.Module):
             state_dict.update(zip((prefix + name for name in names), parts))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _forward_dtype(self) -> torch.dtype | None:
-        """The dtype in which the forward uses w where it is not v's: under autocast one pass, without a cast."""
+    def _shared_weight(self) -> Tensor | None:
+        """w as the forward uses it, where it has been computed with those of other layers."""
+        if _compiling() or running.forward is None:
+            return None
+        return running.forward.weight_of(self)
+
+    def _materialize(self) -> Tensor:
+        """w in the dtype in which the forward uses it: under autocast one pass, without a cast."""
+        w = self._shared_weight()
+        if w is not None:
+            return w
         if torch._C._is_any_autocast_enabled():  # asked first, so that torch.fx can trace the usual path
             v = self.weight_v
             device = v.device.type
             lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
             if lowered and v.dtype == torch.float32:
-                return torch.get_autocast_dtype(device)
-        return None
-
-    def _shared_weight(self) -> Tensor | None:
-        """w as the forward uses it, where it has been computed with those of other layers."""
-        if torch.compiler.is_compiling() or running.forward is None:
-            return None
-        return running.forward.weight_of(self, self._forward_dtype())
-
-    def _materialize(self) -> Tensor:
-        """w as the forward uses it."""
-        w = self._shared_weight()
-        return self.effective_weight(self._forward_dtype()) if w is None else w
+                return self.effective_weight(torch.get_autocast_dtype(device))
+        return self.effective_weight()
 
     @classmethod
     def from_plain(cls, module: nn.Module, kind: str = "swn", dim: int | None = 0) -> "WeightNormed":
@@ -414,13 +413,13 @@ class Linear(WeightNormed, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        w = self._shared_weight()
-        if w is not None:
-            return F.linear(input, w, self.bias)
         if self.dim == 0:
+            w = self._shared_weight()
+            if w is not None:
+                return F.linear(input, w, self.bias)
             radius = self.weight_g if self.kind == "swn" else self.weight_alpha  # quicker than the property
             return functional.weight_norm_linear(input, self.weight_v, radius, self.bias, self.kind)
-        return F.linear(input, self.effective_weight(self._forward_dtype()), self.bias)
+        return F.linear(input, self._materialize(), self.bias)
 
 
 class _Conv(WeightNormed):

@@ -38,7 +38,7 @@ class WeightNorm(nn.Module):
 
     def forward(self, radius: Tensor, v: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and layers.running.forward is not None:
-            w = layers.running.forward.weight_of(self, None, (radius, v))
+            w = layers.running.forward.weight_of(self, (radius, v))
             if w is not None:
                 return w
         return functional.weight_norm(v, radius, self.dim, self.kind)
