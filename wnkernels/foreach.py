@@ -74,6 +74,9 @@ class _Forward:
         self.handle, self.outer = handle, outer
         self.last: _C.SharedWeights | None = None  # which a layer took its weight from
         self.recorded: dict[tuple, _C.SharedWeights] = {}
+        # A captured graph has to compute what it uses.
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        self.kept = {} if capturing else handle.kept
         self.computed: set[tuple] = set()
 
     def weight_of(self, layer: nn.Module, given: tuple[Tensor, ...] = ()) -> Tensor | None:
@@ -96,7 +99,7 @@ class _Forward:
         recorded, device = torch.is_grad_enabled(), v.device.type
         lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         key = recorded, device, torch.get_autocast_dtype(device) if lowered else None
-        known = self.recorded if recorded else self.handle.kept
+        known = self.recorded if recorded else self.kept
         self.last = known.get(key)
         w = self.last and self.last.take(index, v, radius)
         if w is None and key not in self.computed:
@@ -105,7 +108,7 @@ class _Forward:
             w = self.last.take(index, v, radius)
             if recorded:
                 self.handle.kept.clear()  # they are about to be trained
-            if recorded or self.last.plain() and not (v.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if recorded or self.last.plain():
                 known[key] = self.last
         return w
 
