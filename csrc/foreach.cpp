@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "run.h"
 
 namespace wn {
@@ -20,10 +22,9 @@ using TensorLists = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
 struct Settings {
   IntArrayRef dims, kinds;
 
-  Settings(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds) : dims(dims), kinds(kinds) {
-    TORCH_CHECK_VALUE(g.size() == v.size(), "g must have one tensor per v (", v.size(), "), got ", g.size());
+  Settings(size_t weights, IntArrayRef dims, IntArrayRef kinds) : dims(dims), kinds(kinds) {
     const auto check = [&](const char* name, size_t count) {
-      TORCH_CHECK_VALUE(count == v.size() || count == 1, name, " must have one entry per v (", v.size(),
+      TORCH_CHECK_VALUE(count == weights || count == 1, name, " must have one entry per v (", weights,
                         ") or one for all, got ", count);
     };
     check("dims", dims.size());
@@ -39,6 +40,10 @@ struct Settings {
     return k == 0 ? "swn" : "ewn";
   }
 };
+
+void check_count(const char* name, TensorList list, TensorList v) {
+  TORCH_CHECK_VALUE(list.size() == v.size(), name, " must have one tensor per v (", v.size(), "), got ", list.size());
+}
 
 // Problems by what one call of an engine takes: the same device and types.
 template <class Formula> class Groups {
@@ -69,7 +74,8 @@ template <class Formula> class Groups {
 
 std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds,
                                         std::optional<ScalarType> out_dtype) {
-  const Settings settings(v, g, dims, kinds);
+  const Settings settings(v.size(), dims, kinds);
+  check_count("g", g, v);
   std::vector<Tensor> w, kept;  // what the kernels read, until they are done
   w.reserve(v.size());
   kept.reserve(2 * v.size());
@@ -90,8 +96,9 @@ std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef 
 
 TensorLists foreach_weight_norm_backward(TensorList grads, TensorList v, TensorList g, IntArrayRef dims,
                                          IntArrayRef kinds) {
-  const Settings settings(v, g, dims, kinds);
-  TORCH_CHECK_VALUE(grads.size() == v.size(), "grads must have one tensor per v (", v.size(), "), got ", grads.size());
+  const Settings settings(v.size(), dims, kinds);
+  check_count("g", g, v);
+  check_count("grads", grads, v);
   std::vector<Tensor> dv, dr, kept;
   dv.reserve(v.size());
   dr.reserve(v.size());
@@ -124,7 +131,8 @@ namespace one_by_one {
 
 std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds,
                                         std::optional<ScalarType> out_dtype) {
-  const Settings settings(v, g, dims, kinds);
+  const Settings settings(v.size(), dims, kinds);
+  check_count("g", g, v);
   std::vector<Tensor> w;
   for (size_t i = 0; i < v.size(); ++i)
     w.push_back(op::weight_norm(v[i], g[i], settings.dim(i), settings.kind(i), out_dtype));
@@ -133,7 +141,9 @@ std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef 
 
 TensorLists foreach_weight_norm_backward(TensorList grads, TensorList v, TensorList g, IntArrayRef dims,
                                          IntArrayRef kinds) {
-  const Settings settings(v, g, dims, kinds);
+  const Settings settings(v.size(), dims, kinds);
+  check_count("g", g, v);
+  check_count("grads", grads, v);
   TensorLists gradients;
   for (size_t i = 0; i < v.size(); ++i) {
     auto [dv, dr] = op::weight_norm_backward(grads[i], v[i], g[i], settings.dim(i), settings.kind(i));
@@ -147,7 +157,7 @@ TensorLists foreach_weight_norm_backward(TensorList grads, TensorList v, TensorL
 
 // ---- derivatives ---------------------------------------------------------------------------------------------------
 
-bool any_needs_formula(TensorList list) {
+bool any_has_tangent(TensorList list) {
   return std::any_of(list.begin(), list.end(), [](const Tensor& t) { return has_tangent(t); });
 }
 bool any_requires_grad(TensorList list) {
@@ -176,7 +186,7 @@ struct ForeachWeightNorm : torch::autograd::Function<ForeachWeightNorm> {
     const size_t n = grads.size();
     const auto saved = ctx->get_saved_variables();
     const auto dims = ctx->saved_data["dims"].toIntVector(), kinds = ctx->saved_data["kinds"].toIntVector();
-    const Settings settings(grads, grads, dims, kinds);
+    const Settings settings(n, dims, kinds);
     variable_list result(2 * n + 3), G, v, g;
     std::vector<int64_t> used_dims, used_kinds;
     std::vector<size_t> used;
@@ -205,20 +215,20 @@ struct ForeachWeightNorm : torch::autograd::Function<ForeachWeightNorm> {
 
 std::vector<Tensor> differentiable_forward(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds,
                                            std::optional<ScalarType> out_dtype) {
-  if (transforming() || any_needs_formula(v) || any_needs_formula(g))
+  if (transforming() || any_has_tangent(v) || any_has_tangent(g))
     return one_by_one::foreach_weight_norm(v, g, dims, kinds, out_dtype);
   if (!c10::GradMode::is_enabled() || !(any_requires_grad(v) || any_requires_grad(g))) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op::foreach_weight_norm(v, g, dims, kinds, out_dtype);
   }
-  const Settings settings(v, g, dims, kinds);  // before the node counts on as many g as v
+  check_count("g", g, v);
   return ForeachWeightNorm::apply(v, g, dims, kinds, out_dtype);
 }
 
 TensorLists differentiable_backward(TensorList grads, TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds) {
   bool formula = transforming(), record = false;
   for (const TensorList list : {grads, v, g}) {
-    formula = formula || any_needs_formula(list);
+    formula = formula || any_has_tangent(list);
     record = record || any_requires_grad(list);
   }
   if (formula || (record && c10::GradMode::is_enabled()))

@@ -4,6 +4,8 @@
 #include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
+
 namespace wn {
 
 using at::ScalarType;
