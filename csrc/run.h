@@ -24,8 +24,8 @@ template <class Formula> void run(const Problem<Formula>& problem, const Tensor&
 #endif
 }
 
-// Many problems of the same types: on a CPU small ones in one parallel region, on a GPU those with short rows in one
-// launch, the others one by one.
+// Many problems of the same types: on a CPU small ones in one parallel region, on a GPU those with short rows in few
+// launches, the others one by one.
 template <class Formula> void run(std::vector<Problem<Formula>> problems, const Tensor& on) {
   if (on.is_cpu()) return cpu::run(problems);
 #if defined(WN_WITH_CUDA)

@@ -318,7 +318,7 @@ def _front_dims(dims, weights):
     """Dims counted from the front, and -1 for None."""
     if len(dims) == len(weights) and None not in dims and min(dims, default=0) >= 0:
         return dims
-    return [-1 if dim is None else dim if dim >= 0 else dim + w.ndim for dim, w in zip(dims, weights, strict=True)]
+    return [_front_dim(dim, w) for dim, w in zip(dims, weights, strict=True)]
 
 
 def _numbers_and_tensors(values):

@@ -503,9 +503,9 @@ row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan 
   if (row < problem.layout.rows) process_row<S, Store>(problem, plan, row);
 }
 
-// The rows of many problems: blocks of one size, each with rows of one problem.
+// The rows of many problems whose blocks have one size; each block has rows of one of them.
 template <class S>
-WN_KERNEL(table_threads, row_blocks<S>) row_table_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+WN_KERNEL(most_threads, row_blocks<S>) row_table_kernel(WN_PARAMETER Table<typename S::Formula> table) {
   const int64_t block = table.first + bid();
   const auto& entry = table.of_block(block);
   const int64_t row = (block - entry.begin) * entry.plan.per_block + tid() / entry.plan.width;
@@ -880,38 +880,51 @@ template <class F> void run(const Problem<F>& given, void* stream, void* workspa
   });
 }
 
-// A launch as soon as a table is full. What is left in the list has rows for several blocks, long ones, or columns.
+// Problems that share launches: a launch as soon as the table is full.
+template <class S> class RowBatch {
+ public:
+  explicit RowBatch(int threads) : shape{0, threads, 1, 0} { table.count = 0; }
+  bool takes(const Plan& plan) const { return plan.shape.threads == shape.threads; }
+  void add(const Problem<typename S::Formula>& problem, const Plan& plan, void* stream) {
+    if (table.count == table.most) run(stream);
+    table.entry[table.count++] = {problem, plan, shape.blocks, nullptr};
+    shape.blocks += plan.shape.blocks;
+    shape.shared_bytes = std::max(shape.shared_bytes, plan.shape.shared_bytes);
+  }
+  void run(void* stream) {
+    const int64_t blocks = shape.blocks, most = current_device().blocks;
+    for (table.first = 0; table.first < blocks; table.first += most) {
+      shape.blocks = std::min(blocks - table.first, most);
+      launch("rows, table", shape, stream, row_table_kernel<S>, table);
+    }
+    shape.blocks = 0;
+    table.count = 0;
+  }
+
+ private:
+  Table<typename S::Formula> table;
+  Shape shape;
+};
+
+// Rows that fit into the registers of a block, in the blocks that they have alone, so that the bits are the same.
 template <class F> void run_short_rows(std::vector<Problem<F>>& problems, void* stream) {
   if (problems.empty()) return;
   with_signature(problems.front(), [&](auto signature) {
     using S = decltype(signature);
-    const Device& device = current_device();
-    const auto table = std::make_unique<Table<F>>();
-    Shape shape{0, table_threads, 1, 0};
-    table->count = 0;
-    const auto launch_table = [&] {
-      const int64_t blocks = shape.blocks;
-      for (table->first = 0; table->first < blocks; table->first += shape.blocks) {
-        shape.blocks = std::min(blocks - table->first, device.blocks);
-        launch("rows, table", shape, stream, row_table_kernel<S>, *table);
-      }
-      shape.blocks = 0;
-      table->count = 0;
-    };
+    std::vector<std::unique_ptr<RowBatch<S>>> batches;
     std::vector<Problem<F>> left;
     for (const Problem<F>& given : problems) {
       const Problem<F> problem = simplified(given);
-      Plan plan = choose(facts_of<S>(problem, true), device);
-      if (!fits_table(plan, problem.layout.rows)) {
+      const Plan plan = choose(facts_of<S>(problem, true), current_device());
+      if (plan.path != Path::row_registers) {
         left.push_back(given);
         continue;
       }
-      if (table->count == table->most) launch_table();
-      table->entry[table->count++] = {problem, plan, shape.blocks, nullptr};
-      shape.blocks += plan.shape.blocks;
-      shape.shared_bytes = std::max(shape.shared_bytes, plan.shape.shared_bytes);
+      auto batch = std::find_if(batches.begin(), batches.end(), [&](const auto& b) { return b->takes(plan); });
+      if (batch == batches.end()) batch = batches.insert(batch, std::make_unique<RowBatch<S>>(plan.shape.threads));
+      (*batch)->add(problem, plan, stream);
     }
-    launch_table();
+    for (const auto& batch : batches) batch->run(stream);
     problems = std::move(left);
   });
 }

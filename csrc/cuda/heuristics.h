@@ -36,7 +36,6 @@ constexpr Tuning tunings[] = {
 };
 constexpr int fewest_row_threads = 8;
 constexpr int short_rows_block = 128;       // threads of a block of several short rows
-constexpr int table_threads = 256;          // of a block in a launch of many problems
 constexpr int64_t narrow_inner = 32;        // interior dims with fewer inner elements go by columns
 constexpr int64_t column_tile_bytes[] = {128, 64, 32};  // of contiguous memory, widest first
 
@@ -233,15 +232,6 @@ inline Plan plan_columns(const Facts& facts, const Device& device) {
 inline Plan choose(const Facts& facts, const Device& device) {
   const bool by_columns = facts.layout.outer > 1 && facts.layout.inner > 0 && facts.layout.inner < narrow_inner;
   return by_columns ? plan_columns(facts, device) : plan_rows(facts, device);
-}
-
-// Whether the problem can share a launch with others, whose blocks all have one size; then the plan is made for these.
-inline bool fits_table(Plan& plan, int64_t rows) {
-  if (plan.path != Path::row_registers || plan.width > table_threads) return false;
-  plan.per_block = table_threads / plan.width;
-  plan.shape.blocks = ceil_div(rows, plan.per_block);
-  plan.shape.threads = table_threads;
-  return true;
 }
 
 }  // namespace wn::cuda
