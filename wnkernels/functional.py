@@ -91,11 +91,12 @@ def foreach_weight_norm(vs, gs, dims=0, kinds="swn", out_dtype=None):
     """The weights ``weight_norm(v, g, dim, kind, out_dtype)`` of lists, in one call with one node of autograd.
 
     For many small weights, whose calls and launches cost more than their arithmetic. The bits are those of the single
-    calls. On a CPU tensors of up to 2^15 elements share one parallel region, and larger ones follow one by one. On a GPU
-    rows of up to about 16 KiB (8 KiB in the backward) share launches of about a hundred weights; longer rows, and dims
-    with fewer than 32 inner elements behind an outer dim, have launches of their own. So it is, in reverse order, in the
-    backward, which runs when the gradients of all weights are there: they take their memory together. Weights that were
-    not used get no gradient. Forward mode, transforms, higher derivatives, and devices without kernels go one by one.
+    calls. On a CPU tensors of up to 2^15 elements share one parallel region, and larger ones are done one by one. On a
+    GPU up to about a hundred weights share a launch, with those whose rows take blocks of the same size (rows of up to
+    1 KiB all do); rows beyond 32 KiB (16 KiB in the backward), and dims with fewer than 32 inner elements behind an outer
+    dim, have launches of their own. So it is in the backward, which runs when the gradients of all weights are there:
+    they take their memory together. Weights that were not used get no gradient. Forward mode, transforms, higher
+    derivatives, and devices without kernels go one by one.
 
     Args:
         vs, gs: lists of v and g, as in :func:`weight_norm`; of any mix of shapes, dtypes and devices.
