@@ -507,8 +507,8 @@ def test_sanitizers(tmp_path):
 # ---- many problems in one launch -------------------------------------------------------------------------------------
 
 # On the device below: rows that share a launch with those of the same block size, and others that cannot.
-SHARED_LAYOUTS = [(1, 16, 16), (1, 3, 1), (1, 5, 1000), (3, 5, 43), (1, 1, 7), (1, 70, 33), (1, 4, 0), (2, 1, 50)]
-OTHER_LAYOUTS = [(37, 21, 1), (19, 5, 9), (1, 2, 40000)]  # columns, narrow, long
+SHARED_LAYOUTS = [(1, 16, 16), (1, 3, 1), (1, 5, 1000), (3, 5, 43), (1, 1, 7), (1, 70, 33), (2, 1, 50)]
+OTHER_LAYOUTS = [(37, 21, 1), (19, 5, 9), (1, 2, 40000), (1, 4, 0)]  # columns, narrow, long, empty
 
 
 def list_of_problems(layouts, dtype_v, dtype_w):

@@ -505,7 +505,7 @@ row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan 
 
 // The rows of many problems whose blocks have one size; each block has rows of one of them.
 template <class S>
-WN_KERNEL(most_threads, row_blocks<S>) row_table_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+WN_KERNEL(most_threads, 1) row_table_kernel(WN_PARAMETER Table<typename S::Formula> table) {
   const int64_t block = table.first + bid();
   const auto& entry = table.of_block(block);
   const int64_t row = (block - entry.begin) * entry.plan.per_block + tid() / entry.plan.width;
