@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "ops.h"
+#include "shared_weights.h"
 
 namespace wn {
 namespace {
@@ -23,6 +24,11 @@ c10::List<std::optional<Tensor>> as_list(const std::vector<std::optional<Tensor>
   c10::List<std::optional<Tensor>> list;
   for (const auto& t : tensors) list.push_back(t);
   return list;
+}
+
+Tensors foreach_weight_norm(const Tensors& v, const Tensors& g, const std::vector<int64_t>& dims,
+                            const std::vector<int64_t>& kinds, std::optional<at::ScalarType> out_dtype) {
+  return op::foreach_weight_norm(v, g, dims, kinds, out_dtype);
 }
 
 void polar_sgd_(const Tensors& weights, const Tensors& grads, const Tensors& radius, const Tensors& norm,
@@ -127,6 +133,7 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "weight_norm", op::weight_norm);
   define(m, "weight_norm_linear", op::weight_norm_linear);
+  define(m, "foreach_weight_norm", foreach_weight_norm);
   define(m, "row_norm", op::row_norm);
   define(m, "project_", op::project_);
   define(m, "normalize_", op::normalize_);
@@ -147,6 +154,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<GradientTypes>(m, "GradientTypes")
       .def(py::init<Tensors>())
       .def("unchanged", &GradientTypes::unchanged);
+  py::class_<SharedWeights>(m, "SharedWeights")
+      .def(py::init([](const std::vector<std::optional<Tensor>>& v, const std::vector<std::optional<Tensor>>& g,
+                       const std::vector<int64_t>& dims, const std::vector<int64_t>& kinds,
+                       const std::vector<bool>& lowered) {
+        const py::gil_scoped_release no_gil;
+        return std::make_unique<SharedWeights>(v, g, dims, kinds, lowered);
+      }))
+      .def("take", &SharedWeights::take)
+      .def("plain", &SharedWeights::plain);
   m.attr("build_info") = build_info();
 }
 

@@ -41,9 +41,11 @@ namespace cuda {
 // so that its allocator keeps it stream-ordered and graph-capturable.
 template <class Formula> int64_t workspace_bytes(const Problem<Formula>& problem);
 template <class Formula> void run(const Problem<Formula>& problem, void* stream, void* workspace = nullptr);
-// The same for many problems that share their types, in as few launches as the arguments of a kernel can describe.
-// Nothing is done where *skip, if given, a number on the device, is not 0 when the kernels run. Of steps, with room for a
-// copy, which may be null.
+// Takes the problems with short rows out of a list whose problems share their types, and runs them: as many in a launch
+// as the arguments of a kernel can describe, with blocks of one size.
+template <class Formula> void run_short_rows(std::vector<Problem<Formula>>& problems, void* stream);
+// The same as run for many problems that share their types, in few launches too. Nothing is done where *skip, if
+// given, a number on the device, is not 0 when the kernels run. Of steps, with room for a copy, which may be null.
 template <class Formula> int64_t workspace_bytes(const std::vector<Problem<Formula>>& problems);
 template <class Formula>
 void run(const std::vector<Problem<Formula>>& problems, void* stream, void* workspace, const float* skip);

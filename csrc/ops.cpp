@@ -2,15 +2,12 @@
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/full.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include "tensors.h"
+#include "run.h"
 
 namespace wn {
 
@@ -32,21 +29,6 @@ Dim wrap_dim(const Tensor& v, Dim dim) {
 ScalarType accumulate_type(ScalarType weight) { return weight == at::kDouble ? at::kDouble : at::kFloat; }
 
 namespace {
-
-template <class Formula> void run(const Problem<Formula>& problem, const Tensor& on) {
-  if (problem.layout.rows == 0) return;
-  if (on.is_cpu()) return cpu::run(problem);
-#if defined(WN_WITH_CUDA)
-  const c10::DeviceGuard guard(on.device());
-  const c10::impl::VirtualGuardImpl device(c10::DeviceType::CUDA);
-  // From torch's allocator, which orders memory by stream and can be captured in a graph.
-  const int64_t bytes = cuda::workspace_bytes(problem);
-  const Tensor workspace = bytes > 0 ? at::empty({bytes}, on.options().dtype(at::kByte)) : Tensor();
-  cuda::run(problem, device.getStream(on.device()).native_handle(), bytes > 0 ? workspace.mutable_data_ptr() : nullptr);
-#else
-  TORCH_CHECK(false, "this build of wnkernels has no kernels for ", on.device());
-#endif
-}
 
 // ---- one function per operator, for CPU, CUDA and Meta -----------------------------------------------------------
 

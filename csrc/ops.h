@@ -8,6 +8,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "polar.h"
 
@@ -38,6 +39,12 @@ at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, Dim dim, string
 std::tuple<at::Tensor, at::Tensor> weight_norm_backward(const at::Tensor& grad, const at::Tensor& v,
                                                         const at::Tensor& g, Dim dim, string_view kind);
 at::Tensor radius_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind);
+// The same for lists; dims and kinds have one entry for each weight or one for all. A dim below 0 is None, a kind is a
+// number of `Kind`.
+std::vector<at::Tensor> foreach_weight_norm(at::TensorList v, at::TensorList g, at::IntArrayRef dims,
+                                            at::IntArrayRef kinds, std::optional<at::ScalarType> out_dtype);
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> foreach_weight_norm_backward(
+    at::TensorList grads, at::TensorList v, at::TensorList g, at::IntArrayRef dims, at::IntArrayRef kinds);
 at::Tensor row_norm(const at::Tensor& v, Dim dim);                                           // [R], accumulate_type
 at::Tensor row_scale(const at::Tensor& v, const at::Tensor& g, string_view kind);  // s/n, [R], accumulate_type
 at::Tensor project_(at::Tensor grad, const at::Tensor& v, const at::Tensor& g, Dim dim, string_view kind);

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from test_foreach import WEIGHTS, assert_same, one_by_one
+from test_foreach import draw as draw_list
 from test_functional import KINDS, PAIRS, SHAPES, draw, leaves, oracle, unit_roundoff
 
+from wnkernels import foreach_weight_norm
 from wnkernels import functional as wF
 from wnkernels import nn as wn
 from wnkernels.optim import PolarAdamW, PolarSGD, polar_groups
@@ -55,6 +58,49 @@ def test_side_stream_and_graph(cuda):
     v.normal_()
     graph.replay()
     torch.testing.assert_close(w, wF.weight_norm(v, g))
+
+
+@pytest.mark.parametrize("device_weights", ["small", "all"])
+def test_lists(cuda, device_weights):
+    """The bits of single calls, forward and backward, for rows that share a launch and for those that do not."""
+    weights = WEIGHTS + ([((5, 9001), 0, "swn", torch.float32), ((3, 300001), 0, "ewn", torch.float32),
+                          ((500, 300), 1, "swn", torch.bfloat16)] if device_weights == "all" else [])
+    vs, gs, dims, kinds = draw_list(weights)
+    vs, gs = [[t.detach().to(cuda).requires_grad_() for t in list_] for list_ in (vs, gs)]
+    results = []
+    for ws in (wF.foreach_weight_norm(vs, gs, dims, kinds), one_by_one(vs, gs, dims, kinds)):
+        torch.manual_seed(1)
+        results.append([*ws, *torch.autograd.grad(ws, vs + gs, [torch.randn_like(w) for w in ws])])
+    assert_same(*results)
+
+
+def test_one_launch_for_the_weights_of_a_model(cuda):
+    model = torch.nn.Sequential(*(wn.Linear(20 + i, 21 + i, bias=False, device=cuda) for i in range(40)))
+    foreach_weight_norm(model)
+    x = torch.randn(4, 20, device=cuda)
+    model(x).sum().backward()
+    names = kernel_names(lambda: model(x).sum().backward())
+    assert sum("row_table_kernel" in name for name in names) == 2  # forward and backward: all rows are short
+    assert not any("row_kernel" in name for name in names)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_captured_forward_sees_new_parameters(cuda, gradients):
+    model = torch.nn.Sequential(*(wn.Linear(16, 16, device=cuda) for _ in range(5)))
+    foreach_weight_norm(model)
+    x = torch.randn(4, 16, device=cuda)
+    with torch.set_grad_enabled(gradients):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        with torch.no_grad():
+            model[2].weight_v.normal_()
+        graph.replay()
+        torch.testing.assert_close(y, model(x))
 
 
 # ---- polar steps: the same on the CPU, whose kernels tests/test_steps.py holds against torch -------------------------

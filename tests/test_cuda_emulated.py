@@ -502,3 +502,92 @@ def test_sanitizers(tmp_path):
         "steps, split: residuals", "steps, split: sums"]
     run = subprocess.run([program, "beyond"], capture_output=True, text=True)
     assert run.returncode != 0 and "AddressSanitizer" in run.stderr, "an element too many went unnoticed"
+
+
+# ---- many problems in one launch -------------------------------------------------------------------------------------
+
+# On the device below: rows that share a launch with those of the same block size, and others that cannot.
+SHARED_LAYOUTS = [(1, 16, 16), (1, 3, 1), (1, 5, 1000), (3, 5, 43), (1, 1, 7), (1, 70, 33), (2, 1, 50)]
+OTHER_LAYOUTS = [(37, 21, 1), (19, 5, 9), (1, 2, 40000), (1, 4, 0)]  # columns, narrow, long, empty
+
+
+def list_of_problems(layouts, dtype_v, dtype_w):
+    problems = []
+    for i, layout in enumerate(layouts):
+        kind = ["swn", "ewn"][i % 2]
+        v, gradient, radius = random_problem(layout, dtype_v, dtype_w, kind, offsets=(i % 3, i % 2, i % 4))
+        w, dv = poisoned(layout, dtype_w, i % 4), poisoned(layout, dtype_v, i % 3)
+        problems.append((layout, kind, v, gradient, radius, w, dv, poisoned((layout[1],), radius.dtype)))
+    return problems
+
+
+def run_list(emulator, problems):
+    """Forward and backward of a list, compared with the oracle; returns their launches."""
+    launches = [
+        emulator.list("forward", [(layout, kind, {"v": v.tensor, "radius": radius, "out": w.tensor})
+                                  for layout, kind, v, _, radius, w, _, _ in problems]),
+        emulator.list("backward", [(layout, kind, {"v": v.tensor, "gradient": gradient.tensor, "radius": radius,
+                                                   "out": dv.tensor, "result": dr.tensor})
+                                   for layout, kind, v, gradient, radius, _, dv, dr in problems])]
+    for _, kind, v, gradient, radius, w, dv, dr in problems:
+        oracle = Oracle(kind, v.tensor, radius, gradient.tensor)
+        oracle.check_forward(w.tensor)
+        oracle.check_backward(dv.tensor)
+        oracle.check_radius_gradient(dr.tensor)
+        assert all(t.intact() for t in (v, gradient, w, dv, dr)), "a kernel wrote outside of a tensor"
+    return [[launch["path"] for launch in taken] for taken in launches]
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_lists_share_launches(emulator, dtypes):
+    emulator.device(4, 90, BIG)
+    problems = list_of_problems(SHARED_LAYOUTS, *dtypes)
+    assert len(problems) > 5
+    for launches in run_list(emulator, problems):
+        assert set(launches) == {"rows, table"} and len(launches) <= 3  # blocks of three sizes
+    small = [layout for layout in SHARED_LAYOUTS if layout[0] * layout[2] < 100]
+    assert run_list(emulator, list_of_problems(small, *dtypes)) == [["rows, table"]] * 2
+
+
+def test_what_shares_no_launch_follows_alone(emulator):
+    emulator.device(4, 90, BIG)
+    forward, backward = run_list(emulator, list_of_problems(OTHER_LAYOUTS + SHARED_LAYOUTS, f32, f32))
+    for launches in (forward, backward):
+        assert launches[0] == "rows, table" and launches.count("rows, table") <= 3
+        assert sum(path != "rows, table" for path in launches) >= len(OTHER_LAYOUTS)
+    assert run_list(emulator, list_of_problems(OTHER_LAYOUTS[:2], f32, f32)) == [["columns, shared"] * 2] * 2
+
+
+def test_long_lists_take_several_launches(emulator):
+    emulator.device(4, 90, BIG)
+    launches = run_list(emulator, list_of_problems([(1, 5, 9 + i % 7) for i in range(250)], f32, f32))
+    assert [set(paths) for paths in launches] == [{"rows, table"}] * 2
+    assert all(2 <= len(paths) <= 4 for paths in launches)
+
+
+def test_grids_that_are_too_large_for_a_list(emulator):
+    emulator.device(4, 90, BIG, 3)
+    [forward, _] = run_list(emulator, list_of_problems([(1, 100, 64), (1, 40, 8), (1, 3, 200)], f32, f32))
+    assert set(forward) == {"rows, table"} and len(forward) > 1
+
+
+def test_bits_of_a_list_are_those_of_single_calls(emulator):
+    emulator.device(4, 90, BIG)
+    problems = list_of_problems(SHARED_LAYOUTS, f32, bf16)
+    run_list(emulator, problems)
+    for layout, kind, v, gradient, radius, w, dv, dr in problems:
+        single = [torch.empty_like(t.tensor) for t in (w, dv, dr)]
+        emulator.call("forward", layout, kind, v=v.tensor, radius=radius, out=single[0])
+        emulator.call("backward", layout, kind, v=v.tensor, gradient=gradient.tensor, radius=radius, out=single[1],
+                      result=single[2])
+        assert all(torch.equal(a, b.tensor) for a, b in zip(single, (w, dv, dr)))
+
+
+def test_rows_out_of_range_in_a_list(emulator):
+    emulator.device(4, 90, BIG)
+    problems = list_of_problems([(1, 8, 70), (1, 8, 9), (1, 2, 300)], f32, f32)
+    for _, _, v, gradient, *_ in problems:
+        v.tensor[:, 0] *= 1e30
+        v.tensor[:, 1] = 0
+        gradient.tensor[:, 0] *= 1e-30
+    run_list(emulator, problems)

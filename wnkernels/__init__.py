@@ -13,6 +13,8 @@ except ImportError as error:
     ) from error
 
 from . import functional, nn, optim, parametrize, reference  # noqa: E402
+from .foreach import foreach_weight_norm  # noqa: E402
 from .parametrize import convert, fold, unfold, weight_norm  # noqa: E402
 
-__all__ = ["convert", "fold", "functional", "nn", "optim", "parametrize", "reference", "unfold", "weight_norm"]
+__all__ = ["convert", "fold", "foreach_weight_norm", "functional", "nn", "optim", "parametrize", "reference", "unfold",
+           "weight_norm"]

@@ -18,6 +18,7 @@ There are no lazy layers: run one batch through ``torch.nn.LazyLinear`` and then
 """
 
 import copy
+import threading
 import types
 
 import torch
@@ -229,6 +230,16 @@ def _follow(result, source: EffectiveWeight):
 # ----------------------------------------------------------------------------------------------------------- the layers
 
 
+class _Running(threading.local):
+    """The forward of a model that computes weights together (`wnkernels.foreach_weight_norm`), of this thread."""
+
+    forward = None
+
+
+running = _Running()
+_compiling = torch.compiler.is_compiling
+
+
 class WeightNormed(nn.Module):
     """What the layers share. It stands before torch's layer in the bases, whose constructor finds kind and dim set."""
 
@@ -317,8 +328,17 @@ class WeightNormed(nn.Module):
             state_dict.update(zip((prefix + name for name in names), parts))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _shared_weight(self) -> Tensor | None:
+        """w as the forward uses it, where it has been computed with those of other layers."""
+        if _compiling() or running.forward is None:
+            return None
+        return running.forward.weight_of(self)
+
     def _materialize(self) -> Tensor:
         """w in the dtype in which the forward uses it: under autocast one pass, without a cast."""
+        w = self._shared_weight()
+        if w is not None:
+            return w
         if torch._C._is_any_autocast_enabled():  # asked first, so that torch.fx can trace the usual path
             v = self.weight_v
             device = v.device.type
@@ -394,6 +414,9 @@ class Linear(WeightNormed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.dim == 0:
+            w = self._shared_weight()
+            if w is not None:
+                return F.linear(input, w, self.bias)
             radius = self.weight_g if self.kind == "swn" else self.weight_alpha  # quicker than the property
             return functional.weight_norm_linear(input, self.weight_v, radius, self.bias, self.kind)
         return F.linear(input, self._materialize(), self.bias)

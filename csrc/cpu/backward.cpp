@@ -2,14 +2,18 @@
 
 namespace wn::cpu {
 
-// The gradient of v has v's type; in place it overwrites G and has G's.
-template <> void run<Backward>(const Problem<Backward>& problem) {
-  dispatch_pair(problem.in_type[0], problem.in_type[1], [&](auto v, auto g) {
+// The gradient of v has v's type; in place it overwrites G and has G's. Of one problem, or of a list with the types of
+// its first.
+template <class Problems> void run_backward(const Problem<Backward>& first, const Problems& problems) {
+  dispatch_pair(first.in_type[0], first.in_type[1], [&](auto v, auto g) {
     using V = typename decltype(v)::type;
     using G = typename decltype(g)::type;
-    if (problem.out[0] == problem.in[1]) return run_typed<Backward, Types<V, G>, Types<G>>(problem);
-    run_typed<Backward, Types<V, G>, Types<V>>(problem);
+    if (first.out[0] == first.in[1]) return run_typed<Backward, Types<V, G>, Types<G>>(problems);
+    run_typed<Backward, Types<V, G>, Types<V>>(problems);
   });
 }
+
+template <> void run(const Problem<Backward>& problem) { run_backward(problem, problem); }
+template <> void run(const std::vector<Problem<Backward>>& problems) { run_backward(problems.front(), problems); }
 
 }  // namespace wn::cpu

@@ -18,5 +18,6 @@ template <class Body> void with_signature(const Problem<Backward>& problem, Body
 
 template int64_t workspace_bytes(const Problem<Backward>&);
 template void run(const Problem<Backward>&, void*, void*);
+template void run_short_rows(std::vector<Problem<Backward>>&, void*);
 
 }  // namespace wn::cuda

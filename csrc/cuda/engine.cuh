@@ -13,13 +13,16 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "device.h"
 #include "dispatch.h"
 #include "heuristics.h"
 #include "kernels.h"
+#include "table.cuh"
 
 namespace wn::cuda {
 
@@ -500,6 +503,15 @@ row_kernel(WN_PARAMETER Problem<typename S::Formula> problem, WN_PARAMETER Plan 
   if (row < problem.layout.rows) process_row<S, Store>(problem, plan, row);
 }
 
+// The rows of many problems whose blocks have one size; each block has rows of one of them.
+template <class S>
+WN_KERNEL(most_threads, 1) row_table_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+  const int64_t block = table.first + bid();
+  const auto& entry = table.of_block(block);
+  const int64_t row = (block - entry.begin) * entry.plan.per_block + tid() / entry.plan.width;
+  if (row < entry.problem.layout.rows) process_row<S, Registers>(entry.problem, entry.plan, row);
+}
+
 // ---- rows split over blocks: partial Gram matrices, then coefficients, then the combination ------------------------
 
 // What one block knows of a row.
@@ -865,6 +877,55 @@ template <class F> void run(const Problem<F>& given, void* stream, void* workspa
   with_signature(problem, [&](auto signature) {
     using S = decltype(signature);
     launch_path<S>(problem, choose(facts_of<S>(problem, workspace != nullptr), current_device()), workspace, stream);
+  });
+}
+
+// Problems that share launches: a launch as soon as the table is full.
+template <class S> class RowBatch {
+ public:
+  explicit RowBatch(int threads) : shape{0, threads, 1, 0} { table.count = 0; }
+  bool takes(const Plan& plan) const { return plan.shape.threads == shape.threads; }
+  void add(const Problem<typename S::Formula>& problem, const Plan& plan, void* stream) {
+    if (table.count == table.most) run(stream);
+    table.entry[table.count++] = {problem, plan, shape.blocks, nullptr};
+    shape.blocks += plan.shape.blocks;
+    shape.shared_bytes = std::max(shape.shared_bytes, plan.shape.shared_bytes);
+  }
+  void run(void* stream) {
+    const int64_t blocks = shape.blocks, most = current_device().blocks;
+    for (table.first = 0; table.first < blocks; table.first += most) {
+      shape.blocks = std::min(blocks - table.first, most);
+      launch("rows, table", shape, stream, row_table_kernel<S>, table);
+    }
+    shape.blocks = 0;
+    table.count = 0;
+  }
+
+ private:
+  Table<typename S::Formula> table;
+  Shape shape;
+};
+
+// Rows that fit into the registers of a block, in the blocks that they have alone, so that the bits are the same.
+template <class F> void run_short_rows(std::vector<Problem<F>>& problems, void* stream) {
+  if (problems.empty()) return;
+  with_signature(problems.front(), [&](auto signature) {
+    using S = decltype(signature);
+    std::vector<std::unique_ptr<RowBatch<S>>> batches;
+    std::vector<Problem<F>> left;
+    for (const Problem<F>& given : problems) {
+      const Problem<F> problem = simplified(given);
+      const Plan plan = choose(facts_of<S>(problem, true), current_device());
+      if (plan.path != Path::row_registers) {
+        left.push_back(given);
+        continue;
+      }
+      auto batch = std::find_if(batches.begin(), batches.end(), [&](const auto& b) { return b->takes(plan); });
+      if (batch == batches.end()) batch = batches.insert(batch, std::make_unique<RowBatch<S>>(plan.shape.threads));
+      (*batch)->add(problem, plan, stream);
+    }
+    for (const auto& batch : batches) batch->run(stream);
+    problems = std::move(left);
   });
 }
 

@@ -10,5 +10,6 @@ template <class Body> void with_signature(const Problem<Forward>& problem, Body&
 
 template int64_t workspace_bytes(const Problem<Forward>&);
 template void run(const Problem<Forward>&, void*, void*);
+template void run_short_rows(std::vector<Problem<Forward>>&, void*);
 
 }  // namespace wn::cuda

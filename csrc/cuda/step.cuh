@@ -1,8 +1,5 @@
 // The polar steps: formulas with residuals, over the rows of many weights in one launch.
 //
-// The weights of a launch are a table in the kernel's arguments: it needs no memory on the device, no copy and no cache,
-// and it is a part of a captured graph. A block looks up its weight by its index.
-//
 // There is one kernel per formula and accumulator, for rows and columns alike, because nvcc's time goes into the double
 // arithmetic between the passes, once per kernel. So what differs little is decided at run time: the dtype of the
 // gradient, whether there is a 16-bit copy, the layout. That arithmetic is hundreds of dependent instructions; one thread
@@ -20,36 +17,11 @@ namespace wn::cuda {
 // A row split over blocks goes through phases in launches of their own.
 enum class Phase { whole, sums, residuals, coefficients, outputs };
 
-template <class F> struct Entry {
-  Problem<F> problem;
-  Plan plan;
-  int64_t begin;    // its first block in the table
-  void* workspace;  // of split rows
-};
-
-#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-constexpr int64_t argument_bytes = 4096;
-#else
-constexpr int64_t argument_bytes = 32764;
-#endif
-
-template <class F> struct Table {
-  static constexpr int most = static_cast<int>((argument_bytes - 32) / sizeof(Entry<F>));
+template <class F> struct StepTable : Table<F> {
   const float* skip;  // nothing is done where it is not 0
-  int64_t first;      // block of this launch
-  int count;
   Phase phase;
-  Entry<F> entry[most];
 
   WN_DEVICE bool skipped() const { return skip != nullptr && *skip != 0; }
-  WN_DEVICE const Entry<F>& of_block(int64_t block) const {
-    int low = 0, high = count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (entry[middle].begin <= block ? low : high) = middle;
-    }
-    return entry[low];
-  }
 };
 
 // A formula with the type that it computes in. All inputs and outputs are of this type in memory too, but the gradient,
@@ -447,7 +419,7 @@ template <class S> constexpr int blocks_of_step = sizeof(typename S::Sum) == 8 ?
 
 // Every stage makes the rows of its block anew, so that few registers are in use across the calls.
 template <class S>
-WN_KERNEL(step_threads, blocks_of_step<S>) step_kernel(WN_PARAMETER Table<typename S::Formula> table) {
+WN_KERNEL(step_threads, blocks_of_step<S>) step_kernel(WN_PARAMETER StepTable<typename S::Formula> table) {
   if (table.skipped()) return;
   const int64_t index = table.first + bid();
   const auto& entry = table.of_block(index);
@@ -599,7 +571,7 @@ template <class S> class Batch {
   }
 
  private:
-  Table<typename S::Formula> table;
+  StepTable<typename S::Formula> table;
   Shape shape;
   bool split, big;
 

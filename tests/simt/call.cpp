@@ -9,7 +9,7 @@
 
 namespace {
 
-template <class F> void run(const Call& call, const F& formula) {
+template <class F> wn::Problem<F> problem_of(const Call& call, const F& formula) {
   wn::Problem<F> problem{};
   problem.formula = formula;
   problem.layout = {call.outer, call.rows, call.inner};
@@ -21,9 +21,22 @@ template <class F> void run(const Call& call, const F& formula) {
   }
   problem.out[0] = call.formula == radius_backward ? nullptr : call.out;
   problem.out_type[0] = static_cast<wn::DType>(call.out_type);
+  return problem;
+}
+
+template <class F> void run(const Call& call, const F& formula) {
+  const auto problem = problem_of(call, formula);
   const int64_t bytes = call.workspace ? wn::cuda::workspace_bytes(problem) : 0;
   const std::unique_ptr<char[]> workspace(bytes > 0 ? new char[bytes] : nullptr);
   wn::cuda::run(problem, nullptr, workspace.get());
+}
+
+// Those of the calls that cannot share a launch are done one by one.
+template <class F, class Formula> void run_list(const Call* calls, int count, Formula&& formula) {
+  std::vector<wn::Problem<F>> problems;
+  for (int i = 0; i < count; ++i) problems.push_back(problem_of(calls[i], formula(calls[i])));
+  wn::cuda::run_short_rows(problems, nullptr);
+  for (const auto& problem : problems) wn::cuda::run(problem, nullptr);
 }
 
 template <class F> F of_radius(const Call& call) {
@@ -103,6 +116,24 @@ template <bool amsgrad> void run_adam(const StepCall& call) {
 }
 
 }  // namespace
+
+extern "C" const char* simt_list(const Call* calls, int count) {
+  static std::string error;
+  error.clear();
+  try {
+    if (calls->formula == forward) {
+      run_list<wn::Forward>(calls, count, of_radius<wn::Forward>);
+    } else {
+      run_list<wn::Backward>(calls, count, [](const Call& call) {
+        return with(of_radius<wn::Backward>(call), &wn::Backward::radius_gradient,
+                    wn::RowResults{call.result, static_cast<wn::DType>(call.result_type)});
+      });
+    }
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  return error.c_str();
+}
 
 extern "C" const char* simt_steps(const StepCall* call) {
   static std::string error;

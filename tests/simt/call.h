@@ -34,6 +34,8 @@ enum StepName { sgd, sgd_momentum, adam, adam_amsgrad };
 
 // Returns what went wrong, or an empty string.
 extern "C" const char* simt_call(const Call* call);
+// forward or backward of many weights of the same types
+extern "C" const char* simt_list(const Call* calls, int count);
 extern "C" const char* simt_steps(const StepCall* call);
 extern "C" void simt_device(int multiprocessors, int capability, int64_t shared_bytes, int64_t blocks);
 extern "C" const char* simt_log();

@@ -64,6 +64,14 @@ class Call(ctypes.Structure):
                 + [("workspace", ctypes.c_int32)])
 
 
+def describe(formula, layout, kind, workspace, tensors):
+    call = Call(FORMULAS.index(formula), KINDS.index(kind), *layout, workspace=workspace)
+    for name, tensor in tensors.items():
+        setattr(call, name, tensor.data_ptr())
+        setattr(call, f"{name}_type", DTYPES.index(tensor.dtype))
+    return call
+
+
 class StepValue(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("value", ctypes.c_double), ("type", ctypes.c_int32), ("stride", ctypes.c_int32)]
 
@@ -87,6 +95,7 @@ class Emulator:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.simt_call.restype = ctypes.c_char_p
+        self.library.simt_list.restype = ctypes.c_char_p
         self.library.simt_steps.restype = ctypes.c_char_p
         self.library.simt_log.restype = ctypes.c_char_p
         self.library.simt_fault.restype = ctypes.c_char_p
@@ -99,11 +108,12 @@ class Emulator:
 
     def call(self, formula, layout, kind="swn", workspace=True, **tensors):
         """Runs a kernel on tensors v, gradient, out, radius, result; returns its launches, as dicts."""
-        call = Call(FORMULAS.index(formula), KINDS.index(kind), *layout, workspace=workspace)
-        for name, tensor in tensors.items():
-            setattr(call, name, tensor.data_ptr())
-            setattr(call, f"{name}_type", DTYPES.index(tensor.dtype))
-        return self._run(self.library.simt_call, call)
+        return self._run(self.library.simt_call, ctypes.byref(describe(formula, layout, kind, workspace, tensors)))
+
+    def list(self, formula, problems):
+        """Runs "forward" or "backward" of a list of (layout, kind, tensors) of the same types."""
+        calls = [describe(formula, layout, kind, True, tensors) for layout, kind, tensors in problems]
+        return self._run(self.library.simt_list, (Call * len(calls))(*calls), len(calls))
 
     def steps(self, formula, weights, gradient_type, kind="swn", retraction="project", skip=None, workspace=True,
               maximize=False, nesterov=False, decoupled=True, **values):
@@ -131,11 +141,11 @@ class Emulator:
                 if weight.get(name) is not None:
                     setattr(entry, name, weight[name].data_ptr())
         call.weights = table
-        return self._run(self.library.simt_steps, call)
+        return self._run(self.library.simt_steps, ctypes.byref(call))
 
-    def _run(self, function, call):
+    def _run(self, function, *arguments):
         self.library.simt_log()
-        if error := function(ctypes.byref(call)).decode():
+        if error := function(*arguments).decode():
             raise RuntimeError(error)
         launches = []
         for line in self.library.simt_log().decode().splitlines():
