@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import operator
 import pickle
 import warnings
 
@@ -706,13 +707,17 @@ def test_parameters_without_gradients_wait(make):
 
 def test_one_call_with_the_same_lists_for_weights_of_one_kind(make, monkeypatch):
     calls = []
-    for name in ("polar_sgd_", "polar_adam_"):
-        function = getattr(wnkernels.functional, name)
-        monkeypatch.setattr(
-            wnkernels.functional,
-            name,
-            lambda *lists, function=function, **o: (calls.append((lists, o["dims"])), function(*lists, **o))[1],
-        )
+
+    class Recorded:
+        def __init__(self, params, *rest):
+            self.count, self.lists = len(params), StepLists(params, *rest)
+
+        def __getattr__(self, name):
+            calls.append(self)
+            return getattr(self.lists, name)
+
+    StepLists = wnkernels._C.StepLists
+    monkeypatch.setattr(wnkernels._C, "StepLists", Recorded)
     weights = [nn.Parameter(torch.randn(3, 4, dtype=t)) for t in (torch.float32, torch.float64, torch.bfloat16) * 3]
     optimizer = make([{"params": weights[:6], "kind": "swn"}, {"params": weights[6:], "kind": "ewn"}])
     for i in range(4):
@@ -726,10 +731,25 @@ def test_one_call_with_the_same_lists_for_weights_of_one_kind(make, monkeypatch)
             before = calls.copy()
     # Adam's count of steps sets the late weight apart; the momentum of SGD knows only the first step.
     apart = isinstance(optimizer, PolarAdam)
-    assert sorted(len(lists[0]) for lists, _ in calls) == ([1] * 5 + [2] * 2 if apart else [1] * 3 + [2] * 3)
-    for (lists, dims), (old, old_dims) in zip(calls, before):
-        assert dims is old_dims
-        assert all(x is y for x, y in zip(lists[:1] + lists[2:], old[:1] + old[2:]))  # all but the gradients
+    assert sorted(lists.count for lists in calls) == ([1] * 5 + [2] * 2 if apart else [1] * 3 + [2] * 3)
+    assert all(map(operator.is_, calls, before))
+
+
+def test_gradients_that_come_and_go(make):
+    weights = [nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2)]
+    twins = [nn.Parameter(p.detach().clone()) for p in weights]
+    optimizer, alone = make(weights), [make([p]) for p in twins]
+    for present in ((0,), (0, 1), (0, 1), (1,), (), (0, 1)):
+        for p, q in zip(weights, twins):
+            p.grad = q.grad = None
+        for i in present:
+            weights[i].grad = torch.randn(3, 4, dtype=torch.float64)
+            twins[i].grad = weights[i].grad.clone()
+        optimizer.step()
+        for i in present:
+            alone[i].step()
+        for p, q in zip(weights, twins):
+            torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
 
 
 def test_channels_last_weights(make):

@@ -222,6 +222,18 @@ def test_bad_arguments(error, message, change):
     assert bool((w == 1).all())
 
 
+def test_weights_that_record_gradients():
+    w, G = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    radius = w.detach().norm(dim=1).double()
+    before, arguments = w.detach().clone(), dict(kind="swn", dims=[0], lr=0.1, radius_lr=0.1)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        wF.polar_sgd_([w], [G], [radius], [radius.clone()], **arguments)
+    assert w.equal(before)
+    with torch.no_grad():
+        wF.polar_sgd_([w], [G], [radius], [radius.clone()], **arguments)
+    assert not w.equal(before) and w._version == 1
+
+
 def test_opcheck():
     w, G, r = torch.randn(3, 4), torch.randn(3, 4), torch.ones(3, dtype=torch.float64)
     numbers = [0.1, 0.1, 0.0, 0.0]
