@@ -50,6 +50,10 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
+// SGD writes nothing but what it has just read: from the last element to the first it finds more of that in the nearest
+// cache. (Outputs elsewhere must go forwards, where the hardware prefetches.)
+template <class Formula> constexpr bool kBackwards = Formula::residuals > 0 && Formula::outputs < Formula::inputs &&
+                                                    !kAdvances<Formula>;
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
@@ -105,11 +109,17 @@ template <class Formula, class A, class F> WN_INLINE void for_products(const A* 
   });
 }
 
-// Calls piece(begin, end) with the offsets of each run of at most kPiece contiguous elements of a row, in order.
-template <class F> WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece) {
-  for (int64_t o = 0; o < layout.outer; ++o) {
-    const int64_t base = (o * layout.rows + row) * layout.inner;
-    for (int64_t b = 0; b < layout.inner; b += kPiece) piece(base + b, base + std::min(b + kPiece, layout.inner));
+// Calls piece(begin, end) with the offsets of each run of at most kPiece contiguous elements of a row, in order, or in
+// the opposite order.
+template <bool backwards = false, class F> WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece) {
+  const int64_t pieces = (layout.inner + kPiece - 1) / kPiece;
+  const auto nth = [](int64_t n, int64_t count) { return backwards ? count - 1 - n : n; };
+  for (int64_t m = 0; m < layout.outer; ++m) {
+    const int64_t base = (nth(m, layout.outer) * layout.rows + row) * layout.inner;
+    for (int64_t n = 0; n < pieces; ++n) {
+      const int64_t begin = nth(n, pieces) * kPiece;
+      piece(base + begin, base + std::min(begin + kPiece, layout.inner));
+    }
   }
 }
 
@@ -201,6 +211,14 @@ WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, cons
     Formula::combine(c, x, y);
     elements.store(i, y);
   };
+  if constexpr (kBackwards<Formula>) {
+    int64_t i = end;
+    for (; i - kLanes >= begin; i -= kLanes) {
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) combine(i - kLanes + lane);
+    }
+    end = i;
+  }
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) combine(i);
 }
@@ -354,7 +372,7 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
     });
     A c[kCoefficients<Formula>];
     if (solve_row<kAdvances<Formula>>(problem, elements, row, sums, c)) {
-      for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      for_pieces<kBackwards<Formula>>(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
         if constexpr (kAdvances<Formula>)
           rescale_piece<Formula>(elements, begin, end, c);
         else if constexpr (Formula::outputs > 0)
