@@ -6,6 +6,7 @@
 
 #include "ops.h"
 #include "shared_weights.h"
+#include "step.h"
 
 namespace wn {
 namespace {
@@ -163,6 +164,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("take", &SharedWeights::take)
       .def("plain", &SharedWeights::plain);
+  m.attr("edit_tolerance") = edit_tolerance(false);
+  m.attr("edit_tolerance_f64") = edit_tolerance(true);
   m.attr("build_info") = build_info();
 }
 

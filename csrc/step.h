@@ -27,7 +27,7 @@ struct PolarRow {
   double gradient_sign;       // -1 to maximize
   RowValues grad_scale;       // the gradient comes multiplied by it (loss scaling)
   RowValues lr, radius_lr, weight_decay, radius_weight_decay;
-  double edit_tolerance;      // |w| and |s| differ by more, relatively: somebody else has written w
+  double edit_tolerance;
   double edit_floor;          // and by more than this, which rounding of subnormal numbers may do
   bool one_column;            // a row of one element has no tangent: G - p t is 0, whatever rounding leaves of it
   double* radius;             // [R] r
@@ -94,6 +94,10 @@ struct PolarRow {
       for (int i = 0; i < 5; ++i) telemetry[5 * row + i] = result[2 + i];
   }
 };
+
+// |w| and |s| of a row differ by more than this part: somebody else has written w. Rounding moves the norm of a row by a few
+// units in the last place; an edit that small changes nothing either.
+constexpr double edit_tolerance(bool f64) { return f64 ? 1e-12 : 1e-5; }
 
 // A difference of squares keeps less than this part of its terms: its rounding error could reach a part in 1e4.
 constexpr double kCancellation = 1e-3;

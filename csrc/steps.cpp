@@ -100,8 +100,7 @@ PolarRow row_of(size_t i, const Arguments& a, const Layout& layout, Kind kind, R
   row.radius_lr = a.numbers.at(kRadiusLr, layout, "radius_lr", device);
   row.weight_decay = a.numbers.at(kWeightDecay, layout, "weight_decay", device);
   row.radius_weight_decay = a.numbers.at(kRadiusWeightDecay, layout, "radius_weight_decay", device);
-  // Rounding moves the norm of a row by a few units in the last place; an edit that small changes nothing either.
-  row.edit_tolerance = f64 ? 1e-12 : 1e-5;
+  row.edit_tolerance = edit_tolerance(f64);
   row.edit_floor = f64 ? limits<double>::smallest_normal : limits<float>::smallest_normal;
   row.one_column = layout.row_length() == 1;
   row.radius = a.radius[i].mutable_data_ptr<double>();

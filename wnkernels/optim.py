@@ -932,8 +932,6 @@ def describe(groups: torch.optim.Optimizer | Iterable[dict]) -> str:
 # ---------------------------------------------------------------------------------------------------------- conversion
 
 _TORCH = {PolarSGD: torch.optim.SGD, PolarAdam: torch.optim.Adam, PolarAdamW: torch.optim.AdamW}
-# |w| and the radius differ by more, relatively: somebody else has written w. As in csrc/steps.cpp.
-_EDIT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def _options_of(optimizer_class: type) -> dict:
@@ -946,7 +944,8 @@ def _current_radius(state: dict, weight: Tensor, group: dict) -> tuple[Tensor, T
     s = state["radius"].exp() if ewn else state["radius"]
     length = functional.row_norm(weight, group["dim"]).double().reshape(-1)
     sign = torch.where(s < 0, -1.0, 1.0).to(s)
-    edited = (length - s.abs()).abs() > _EDIT_TOLERANCE[weight.dtype] * torch.maximum(length, s.abs())
+    tolerance = _C.edit_tolerance_f64 if weight.dtype == torch.float64 else _C.edit_tolerance
+    edited = (length - s.abs()).abs() > tolerance * torch.maximum(length, s.abs())
     return torch.where(edited, length.log() if ewn else sign * length, state["radius"]), sign
 
 
