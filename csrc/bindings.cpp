@@ -1,8 +1,11 @@
 // wnkernels._C: the functions that Python calls outside of torch.compile, with the overhead of torch's own.
 #include <ATen/core/List.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
+
+#include <algorithm>
 
 #include "ops.h"
 #include "shared_weights.h"
@@ -54,28 +57,48 @@ void polar_adam_(const Tensors& weights, const Tensors& grads, const Tensors& ra
                   maximize, retraction, grad_scale, found_inf);
 }
 
+// Parameters as Python's objects: torch.utils.swap_tensors, which modules may be moved by, wants to be the only one that
+// holds what is behind them.
+class Parameters {
+ public:
+  explicit Parameters(std::vector<py::object> given) : objects(std::move(given)) {
+    for (const py::object& o : objects)
+      TORCH_CHECK_TYPE(THPVariable_Check(o.ptr()), "parameters must be tensors, got ", Py_TYPE(o.ptr())->tp_name);
+  }
+  Tensors tensors() const {
+    Tensors tensors;
+    tensors.reserve(objects.size());
+    for (const py::object& o : objects) tensors.push_back(THPVariable_Unpack(o.ptr()));
+    return tensors;
+  }
+  Tensors grads() const {
+    Tensors grads = tensors();
+    for (Tensor& t : grads) t = t.grad();
+    return grads;
+  }
+
+ private:
+  std::vector<py::object> objects;
+};
+
 // The lists of a step, which an optimizer keeps from step to step: to convert them from Python costs more than to step
 // small weights. The gradients are those that the parameters have.
 struct StepLists {
-  Tensors params, weights, radius, norm;
+  Parameters params, weights;
+  Tensors radius, norm;
   std::vector<Tensors> state, row_state;  // three: of SGD the momentum, of Adam the averages; the others are empty
   Tensors telemetry;
   std::string kind;
   std::vector<int64_t> dims;
-
-  Tensors grads() const {
-    Tensors grads;
-    grads.reserve(params.size());
-    for (const Tensor& p : params) grads.push_back(p.grad());
-    return grads;
-  }
 };
 
 void lists_sgd_(const StepLists& l, const Tensors& copies, const std::vector<double>& numbers,
                 const std::vector<std::optional<Tensor>>& number_tensors, bool nesterov, bool maximize,
                 string_view retraction, const std::optional<Tensor>& grad_scale,
                 const std::optional<Tensor>& found_inf) {
-  op::polar_sgd_(l.weights, l.grads(), l.radius, l.norm, l.state[0], l.row_state[0], copies, l.telemetry, l.kind, l.dims,
+  const Tensors weights = l.weights.tensors(), grads = l.params.grads();
+  const py::gil_scoped_release no_gil;
+  op::polar_sgd_(weights, grads, l.radius, l.norm, l.state[0], l.row_state[0], copies, l.telemetry, l.kind, l.dims,
                  numbers, as_list(number_tensors), nesterov, maximize, retraction, grad_scale, found_inf);
 }
 
@@ -83,7 +106,9 @@ void lists_adam_(const StepLists& l, const Tensors& copies, const std::vector<do
                  const std::vector<std::optional<Tensor>>& number_tensors, bool decoupled, bool maximize,
                  string_view retraction, const std::optional<Tensor>& grad_scale,
                  const std::optional<Tensor>& found_inf) {
-  op::polar_adam_(l.weights, l.grads(), l.radius, l.norm, l.state[0], l.state[1], l.state[2], l.row_state[0],
+  const Tensors weights = l.weights.tensors(), grads = l.params.grads();
+  const py::gil_scoped_release no_gil;
+  op::polar_adam_(weights, grads, l.radius, l.norm, l.state[0], l.state[1], l.state[2], l.row_state[0],
                   l.row_state[1], l.row_state[2], copies, l.telemetry, l.kind, l.dims, numbers, as_list(number_tensors),
                   decoupled, maximize, retraction, grad_scale, found_inf);
 }
@@ -91,21 +116,21 @@ void lists_adam_(const StepLists& l, const Tensors& copies, const std::vector<do
 // Which parameters have gradients, and of what dtype and layout: what a plan of steps is made for.
 class GradientTypes {
  public:
-  explicit GradientTypes(Tensors params) : params_(std::move(params)) {
-    for (const Tensor& p : params_) types_.push_back(type_of(p.grad()));
-  }
-  bool unchanged() const {
-    for (size_t i = 0; i < params_.size(); ++i)
-      if (type_of(params_[i].grad()) != types_[i]) return false;
-    return true;
-  }
+  explicit GradientTypes(std::vector<py::object> params) : params_(std::move(params)), types_(types()) {}
+  bool unchanged() const { return types() == types_; }
 
  private:
   using Type = std::pair<at::ScalarType, at::Layout>;
   static Type type_of(const Tensor& grad) {
     return grad.defined() ? Type(grad.scalar_type(), grad.layout()) : Type(at::ScalarType::Undefined, at::kStrided);
   }
-  Tensors params_;
+  std::vector<Type> types() const {
+    const Tensors grads = params_.grads();
+    std::vector<Type> types(grads.size());
+    std::transform(grads.begin(), grads.end(), types.begin(), type_of);
+    return types;
+  }
+  Parameters params_;
   std::vector<Type> types_;
 };
 
@@ -143,17 +168,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "in_backward_linear", op::in_backward_linear);
   define(m, "in_backward_sgd_", in_backward_sgd_);
   py::class_<StepLists>(m, "StepLists")
-      .def(py::init([](Tensors params, Tensors weights, Tensors radius, Tensors norm, std::vector<Tensors> state,
-                       std::vector<Tensors> row_state, Tensors telemetry, std::string kind, std::vector<int64_t> dims) {
+      .def(py::init([](std::vector<py::object> params, std::vector<py::object> weights, Tensors radius, Tensors norm,
+                       std::vector<Tensors> state, std::vector<Tensors> row_state, Tensors telemetry, std::string kind,
+                       std::vector<int64_t> dims) {
         state.resize(3);
         row_state.resize(3);
-        return StepLists{std::move(params), std::move(weights), std::move(radius), std::move(norm), std::move(state),
+        return StepLists{Parameters(std::move(params)), Parameters(std::move(weights)), std::move(radius), std::move(norm), std::move(state),
                          std::move(row_state), std::move(telemetry), std::move(kind), std::move(dims)};
       }))
-      .def("sgd_", torch::wrap_pybind_function_no_gil(lists_sgd_))
-      .def("adam_", torch::wrap_pybind_function_no_gil(lists_adam_));
+      .def("sgd_", torch::wrap_pybind_function(lists_sgd_))
+      .def("adam_", torch::wrap_pybind_function(lists_adam_));
   py::class_<GradientTypes>(m, "GradientTypes")
-      .def(py::init<Tensors>())
+      .def(py::init<std::vector<py::object>>())
       .def("unchanged", &GradientTypes::unchanged);
   py::class_<SharedWeights>(m, "SharedWeights")
       .def(py::init([](const std::vector<std::optional<Tensor>>& v, const std::vector<std::optional<Tensor>>& g,

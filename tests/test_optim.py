@@ -735,6 +735,18 @@ def test_one_call_with_the_same_lists_for_weights_of_one_kind(make, monkeypatch)
     assert all(map(operator.is_, calls, before))
 
 
+def test_parameters_whose_tensors_are_swapped(make):
+    p = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    optimizer = make([p])
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    p.grad = None
+    torch.utils.swap_tensors(p, nn.Parameter(torch.randn(3, 4, dtype=torch.float64)))
+    before, p.grad = p.detach().clone(), torch.randn_like(p)
+    optimizer.step()
+    assert not p.equal(before)
+
+
 def test_gradients_that_come_and_go(make):
     weights = [nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2)]
     twins = [nn.Parameter(p.detach().clone()) for p in weights]
