@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["cross_entropy", "exponential", "logistic", "model_gradient", "streamed_gradient"]
 
@@ -35,8 +36,10 @@ def exponential(margins: Tensor) -> tuple[Tensor, Tensor]:
 def logistic(margins: Tensor) -> tuple[Tensor, Tensor]:
     """L = sum_i log(1 + exp(-m_i)) over the last dim; arguments and results as of `exponential`."""
     _check(margins, "margins")
-    log_loss = torch.logsumexp(_log_softplus(-margins), -1)
-    return log_loss, -torch.exp(-_softplus(margins) - log_loss[..., None])
+    z = -margins
+    each, softplus = _log_softplus(z)
+    log_loss = torch.logsumexp(each, -1, keepdim=True)
+    return log_loss.squeeze(-1), -torch.exp(z - softplus - log_loss)  # dl/dm = -e^z/(1 + e^z)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
@@ -63,10 +66,10 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> tu
     gaps = logits - logits.gather(-1, index)
     others = torch.ones_like(gaps, dtype=torch.bool).scatter_(-1, index, False)
     z = torch.logsumexp(gaps.masked_fill(~others, -math.inf), -1, keepdim=True)
-    each = _log_softplus(z)  # log of the loss of an example
+    each, softplus = _log_softplus(z)  # the loss of an example, and its log first
     log_loss = torch.logsumexp(each.flatten(-2), -1)
     # dl/df_k = exp(f_k - f_y - log(1 + e^z)); the one of y is minus the sum of the others, e^z/(1 + e^z).
-    scale = -_softplus(z) - log_loss[..., None, None]
+    scale = -softplus - log_loss[..., None, None]
     gradient = torch.where(others, torch.exp(gaps + scale), -torch.exp(z + scale))
     if reduction == "mean":
         log_loss = log_loss - math.log(logits.shape[-2])
@@ -80,14 +83,10 @@ def _check(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
-def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), without the linear piece of torch's, which is 2e-9 off."""
-    return torch.logaddexp(z, torch.zeros_like(z))
-
-
-def _log_softplus(z: Tensor) -> Tensor:
-    """log log(1 + e^z): z up to rounding where e^z is."""
-    return torch.where(z < -40.0, z, torch.log(torch.log1p(torch.exp(-z.abs())) + z.clamp(min=0.0)))
+def _log_softplus(z: Tensor) -> tuple[Tensor, Tensor]:
+    """log log(1 + e^z), which is z up to rounding where e^z is small, and log(1 + e^z)."""
+    softplus = functional.softplus(z, threshold=40.0)  # z from there on; torch's own threshold is 2e-9 off
+    return torch.where(z < -40.0, z, softplus.log()), softplus
 
 
 def model_gradient(model: Callable[[Tensor], Tensor], x: Tensor, loss: Callable, *args) -> Tensor:
