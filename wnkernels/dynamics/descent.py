@@ -46,7 +46,8 @@ RETRACTIONS = {"wnkernels": ("project", "renormalize", "geodesic"), "torch": ("p
 class _Part:
     """The rows of a weight that are of one kind: views of the weight and of what belongs to it.
 
-    rows: None for all. instances: the range of the instances whose rows they are.
+    rows: None for all. instances: the range of the instances whose rows they are. rates: a place for a rate
+    of each row, where there are several instances.
     """
 
     index: int
@@ -55,6 +56,7 @@ class _Part:
     rows: slice | None
     instances: slice
     weight: Tensor
+    rates: Tensor | None = None
     radius: Tensor | None = None
     norm: Tensor | None = None
     telemetry: Tensor | None = None
@@ -67,9 +69,10 @@ class _Part:
 class PolarWeights:
     """Weights with their polar coordinates, stepped by the fused polar step. `polar_weights` makes one.
 
-    weights: the weights w, which keep their identity. radius, norm: for each (R,) float64, g or alpha and
-    |v|; None for a plain weight, and NaN in the plain rows of one that has others too. telemetry: for each
-    (R, 5) as of `functional.polar_sgd_`, or None.
+    weights: the weights w, which keep their identity. grads: a place for the gradient of each; `snapshot` and
+    `rollback` remember it too. radius, norm: for each (R,) float64, g or alpha and |v|; None for a plain
+    weight, and NaN in the plain rows of one that has others too. telemetry: for each (R, 5) as of
+    `functional.polar_sgd_`, or None.
     """
 
     def __init__(self, weights, kinds, dims, norm, radius_lr_ratio, retraction, instances, telemetry) -> None:
@@ -88,13 +91,19 @@ class PolarWeights:
                 parts = length, n, table if telemetry else None
             for column, part in zip((radius, norms, tables), parts):
                 column.append(part)
-        everyone, count = slice(0, instances), len(weights)
-        shared = self._share([*weights, *radius, *norms], [everyone] * 3 * count)
-        self.weights, self.radius, self.norm = shared[:count], shared[count:-count], shared[-count:]
+        count, grads = len(weights), [torch.zeros_like(w) for w in weights]
+        shared = self._share([*weights, *grads, *radius, *norms], [slice(0, instances)] * 4 * count)
+        self.weights, self.grads, self.radius, self.norm = (
+            shared[i : i + count] for i in range(0, 4 * count, count)
+        )
         self.telemetry = tables
+        self._owners, self._rates = [None] * count, [None] * count  # of each row: its instance, and its rate
+        if instances > 1:
+            everyone = [torch.arange(instances, device=w.device) for w in weights]
+            self._owners = [x.repeat_interleave(len(w) // instances) for x, w in zip(everyone, weights)]
+            self._rates = [torch.empty(len(w), dtype=torch.float64, device=w.device) for w in weights]
         self._parts = [part for i in range(count) for part in self._split(i)]
-        # One call of the kernel takes all weights of a kind.
-        self._calls = {part.kind: [p for p in self._parts if p.kind == part.kind] for part in self._parts}
+        self._calls = self._grouped()
         self._saved = None
 
     def _split(self, i: int) -> list[_Part]:
@@ -106,8 +115,8 @@ class PolarWeights:
             last = first + count
             rows = None if count == self.instances else slice(each * first, each * last)
             part = _Part(i, name, self.dims[i], rows, slice(first, last), w if rows is None else w[rows])
-            part.radius, part.norm, part.telemetry = (
-                part.of(column[i]) for column in (self.radius, self.norm, self.telemetry)
+            part.rates, part.radius, part.norm, part.telemetry = (
+                part.of(column[i]) for column in (self._rates, self.radius, self.norm, self.telemetry)
             )
             if name == "ewn":
                 part.radius.log_()
@@ -116,6 +125,31 @@ class PolarWeights:
             parts.append(part)
             first = last
         return parts
+
+    def _grouped(self) -> list[tuple[str | None, list[_Part], dict]]:
+        """The calls of a step: kind, parts, and those arguments of the kernel that stay the same.
+
+        One call takes all weights of a kind, but rates of rows only beside one weight.
+        """
+        groups = {}
+        for i, part in enumerate(self._parts):
+            groups.setdefault(part.kind if self.instances == 1 else i, []).append(part)
+        return [
+            (
+                parts[0].kind,
+                parts,
+                dict(
+                    weights=[part.weight for part in parts],
+                    radius=[part.radius for part in parts],
+                    norm=[part.norm for part in parts],
+                    kind=parts[0].kind,
+                    dims=[part.dim for part in parts],
+                    retraction=self.retraction,
+                    telemetry=None if parts[0].telemetry is None else [part.telemetry for part in parts],
+                ),
+            )
+            for parts in groups.values()
+        ]
 
     def _share(self, tensors: Sequence[Tensor | None], spans: Sequence[slice]) -> list[Tensor | None]:
         """The tensors as views of one buffer for each dtype, so that one copy remembers them all.
@@ -140,40 +174,31 @@ class PolarWeights:
 
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
         """One step of descent. grads: dL/dw of each weight. lr: a number, or (E,) for E instances."""
-        many = isinstance(lr, Tensor) and lr.numel() > 1
-        rates = self._rates(lr) if many else None
-        for kind, parts in self._calls.items():
+        many = self._spread(lr)
+        for kind, parts, arguments in self._calls:
             some = [part.of(grads[part.index]) for part in parts]
-            if many or kind is None:  # the kernel takes rates of rows beside one weight
+            rate = parts[0].rates if many else lr  # several parts have one rate
+            if kind is None:
                 for part, grad in zip(parts, some):
-                    rate = part.of(rates[part.index]) if many else lr
-                    if kind is None:
-                        part.weight.sub_(grad * _as_factor(rate, grad))
-                    else:
-                        self._polar(kind, [part], [grad], rate)
+                    part.weight.sub_(grad * _as_factor(rate, grad))
             else:
-                self._polar(kind, parts, some, lr)
+                functional.polar_sgd_(
+                    grads=[grad.contiguous() for grad in some],
+                    lr=rate,
+                    radius_lr=rate if self.radius_lr_ratio == 1 else rate * self.radius_lr_ratio,
+                    **arguments,
+                )
 
-    def _rates(self, lr: Tensor) -> list[Tensor]:
-        """A rate of each instance as one of each row, for each weight."""
-        return [lr.repeat_interleave(len(w) // self.instances) for w in self.weights]
-
-    def _polar(self, kind, parts, grads, lr) -> None:
-        functional.polar_sgd_(
-            [part.weight for part in parts],
-            [grad.contiguous() for grad in grads],
-            [part.radius for part in parts],
-            [part.norm for part in parts],
-            kind=kind,
-            dims=[part.dim for part in parts],
-            lr=lr,
-            radius_lr=lr if self.radius_lr_ratio == 1 else lr * self.radius_lr_ratio,
-            retraction=self.retraction,
-            telemetry=None if parts[0].telemetry is None else [part.telemetry for part in parts],
-        )
+    def _spread(self, lr: float | Tensor) -> bool:
+        """Whether there are rates of instances, which become those of rows."""
+        many = isinstance(lr, Tensor) and lr.numel() > 1
+        if many:
+            for owner, rates in zip(self._owners, self._rates):
+                torch.index_select(lr.double(), 0, owner, out=rates)
+        return many
 
     def snapshot(self) -> None:
-        """Remembers all weights and coordinates. One snapshot is kept, the last."""
+        """Remembers all weights, gradients and coordinates. One snapshot is kept, the last."""
         if self._saved is None:
             self._saved = [buffer.clone() for buffer, _ in self._state]
         else:
@@ -206,7 +231,7 @@ class PolarWeights:
                 owners = [name for name, count in kind.items() for _ in range(count)]
                 kind = dict(Counter(owners[i] for i in chosen))
             kinds.append(kind)
-        return type(self)(
+        taken = type(self)(
             [rows(w) for w in self.weights],
             kinds,
             self.dims,
@@ -216,6 +241,13 @@ class PolarWeights:
             len(chosen),
             any(table is not None for table in self.telemetry),
         )
+        taken.keep([rows(grad) for grad in self.grads])
+        return taken
+
+    def keep(self, grads: Sequence[Tensor]) -> None:
+        """Writes the gradients to `grads`."""
+        for kept, grad in zip(self.grads, grads):
+            kept.copy_(grad)
 
 
 class TorchWeights(PolarWeights):
@@ -235,8 +267,11 @@ class TorchWeights(PolarWeights):
                 w = w / _length(w, part.dim) * part.norm.to(w.dtype).reshape(shape)
             leaves.append(w)
             spans += [part.instances] * (1 if part.kind is None else 2)
+        everyone, count = slice(0, self.instances), len(self.grads)
+        shared = self._share([*leaves, *self.grads], [*spans, *[everyone] * count])
+        leaves, self.grads = shared[:-count], shared[-count:]
         # Leaves with version counters of their own: a graph must not notice what happens to its neighbours.
-        leaves = (x.data for x in self._share(leaves, spans))
+        leaves = (x.data for x in leaves)
         self._leaves = [
             [next(leaves)] if part.kind is None else [next(leaves).requires_grad_() for _ in range(2)]
             for part in self._parts
@@ -263,10 +298,9 @@ class TorchWeights(PolarWeights):
         )
 
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
-        many = isinstance(lr, Tensor) and lr.numel() > 1
-        rows = self._rates(lr) if many else None
+        many = self._spread(lr)
         for part, leaves, graph in zip(self._parts, self._leaves, self._graphs):
-            grad, rate = part.of(grads[part.index]), part.of(rows[part.index]) if many else lr
+            grad, rate = part.of(grads[part.index]), part.rates if many else lr
             if part.kind is None:
                 slopes, rates = [grad], [rate]
             else:
@@ -519,6 +553,7 @@ def _descend_one(
 def _descend_many(
     objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, callback, shrink
 ):
+    point.keep(grads)
     steps, before = torch.zeros_like(log_loss), torch.full_like(log_loss, math.inf)
     active = log_loss > stop
     index, ends = torch.arange(len(lr), device=lr.device), None
@@ -536,38 +571,31 @@ def _descend_many(
         if patience and step % patience == 0:
             active &= log_loss < before - GAIN
             before = log_loss
-        running = int(active.sum())
+        running = int(torch.count_nonzero(active))
         if running == 0:
             break
         if shrink and running <= SHRINK * len(index):
             ends = ended()
             keep = active.nonzero()[:, 0]
-            grads = [g.reshape(len(index), -1)[keep].view(-1, *g.shape[1:]) for g in grads]
             point = point.take(keep)
             log_loss, lr, lr_cap, power, steps, before, active, index = (
                 x[keep] for x in (log_loss, lr, lr_cap, power, steps, before, active, index)
             )
         steps += active
         point.snapshot()
-        point.step(grads, lr * torch.exp(log_loss * power))
-        new_log_loss, new_grads = objective(point.weights)
+        point.step(point.grads, lr * torch.exp(log_loss * power))
+        new_log_loss, grads = objective(point.weights)
+        point.keep(grads)
         accepted = (new_log_loss < log_loss) & active
         point.rollback(~accepted)
         log_loss = torch.where(accepted, new_log_loss, log_loss)
-        grads = [_choose(accepted, new, old) for new, old in zip(new_grads, grads)]
         lr = torch.where(
             accepted, torch.where(lr < lr_cap, lr * factor, lr), torch.where(active, lr / factor, lr)
         )
         active &= log_loss > stop
-        callback(step + 1, log_loss, point, grads)
+        callback(step + 1, log_loss, point, point.grads)
     *weights, log_loss, steps, lr = ended()
     return Descent(weights, log_loss, log_loss <= stop, steps.long(), lr)
-
-
-def _choose(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """torch.where for the rows of instances: x where the (E,) condition is true, else y."""
-    E = len(condition)
-    return torch.where(condition[:, None], x.reshape(E, -1), y.reshape(E, -1)).view(y.shape)
 
 
 class multi_stage:

@@ -348,13 +348,13 @@ def xor(
     data = read_data("xor")
     x, y, out = (torch.tensor(data[key], dtype=F64, device=device) for key in ("x", "y", "output_weights"))
     E, width, _ = start.shape
-    instances = E * len(kinds)
+    instances, signed = E * len(kinds), y[:, None] * x
 
     def log_domain(weights):
-        before = (x @ weights[0].T).view(4, -1, width)
+        before = nn.functional.linear(x, weights[0]).view(4, -1, width)
         log_loss, slope = losses.logistic((torch.relu(before) @ out).T * y)
-        back = torch.ops.aten.threshold_backward((slope * y).T[:, :, None] * out, before, 0)  # relu's
-        return log_loss if instances > 1 else log_loss[0], [back.view(4, -1).T @ x]
+        back = torch.ops.aten.threshold_backward(slope.T[:, :, None] * out, before, 0)  # relu's
+        return log_loss if instances > 1 else log_loss[0], [back.view(4, -1).T @ signed]
 
     def of_kinds(key):
         each = [data[key][kind or "none"] for kind in kinds]
