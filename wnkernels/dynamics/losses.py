@@ -36,10 +36,11 @@ def exponential(margins: Tensor) -> tuple[Tensor, Tensor]:
 def logistic(margins: Tensor) -> tuple[Tensor, Tensor]:
     """L = sum_i log(1 + exp(-m_i)) over the last dim; arguments and results as of `exponential`."""
     _check(margins, "margins")
-    z = -margins
-    each, softplus = _log_softplus(z)
-    log_loss = torch.logsumexp(each, -1, keepdim=True)
-    return log_loss.squeeze(-1), -torch.exp(z - softplus - log_loss)  # dl/dm = -e^z/(1 + e^z)
+    # Below e^-40 a loss is e^-m up to rounding, so that all margins may be less by the same.
+    shift = (margins.amin(-1, keepdim=True) - 40.0).clamp_(min=0.0)
+    z = shift - margins
+    loss = functional.softplus(z, threshold=40.0).sum(-1, keepdim=True)  # z from 40 on: the same in floating point
+    return (loss.log() - shift).squeeze(-1), torch.sigmoid(z) / -loss
 
 
 def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
@@ -66,7 +67,8 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> tu
     gaps = logits - logits.gather(-1, index)
     others = torch.ones_like(gaps, dtype=torch.bool).scatter_(-1, index, False)
     z = torch.logsumexp(gaps.masked_fill(~others, -math.inf), -1, keepdim=True)
-    each, softplus = _log_softplus(z)  # the loss of an example, and its log first
+    softplus = functional.softplus(z, threshold=40.0)
+    each = torch.where(z < -40.0, z, softplus.log())  # log of the loss of an example
     log_loss = torch.logsumexp(each.flatten(-2), -1)
     # dl/df_k = exp(f_k - f_y - log(1 + e^z)); the one of y is minus the sum of the others, e^z/(1 + e^z).
     scale = -softplus - log_loss[..., None, None]
@@ -81,12 +83,6 @@ def _check(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
-
-
-def _log_softplus(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log log(1 + e^z), which is z up to rounding where e^z is small, and log(1 + e^z)."""
-    softplus = functional.softplus(z, threshold=40.0)  # z from there on; torch's own threshold is 2e-9 off
-    return torch.where(z < -40.0, z, softplus.log()), softplus
 
 
 def model_gradient(model: Callable[[Tensor], Tensor], x: Tensor, loss: Callable, *args) -> Tensor:
