@@ -35,7 +35,6 @@ __all__ = [
 
 KINDS = (None, "swn", "ewn")
 GAIN = 1e-3  # what log L must fall by in `patience` steps
-SHRINK = 0.9  # a batch is made anew when at most this share of it still runs
 RETRACTIONS = {"wnkernels": ("project", "renormalize", "geodesic"), "torch": ("project", "renormalize")}
 
 
@@ -554,8 +553,8 @@ def _descend_many(
     objective, point, log_loss, grads, lr, lr_cap, power, stop, max_steps, patience, factor, callback, shrink
 ):
     point.keep(grads)
-    steps, before = torch.zeros_like(log_loss), torch.full_like(log_loss, math.inf)
-    active = log_loss > stop
+    steps, before = torch.full_like(log_loss, max_steps), torch.full_like(log_loss, math.inf)
+    active, running = log_loss > stop, len(log_loss)
     index, ends = torch.arange(len(lr), device=lr.device), None
 
     def ended():
@@ -569,30 +568,32 @@ def _descend_many(
 
     for step in range(max_steps):
         if patience and step % patience == 0:
-            active &= log_loss < before - GAIN
+            active = active & (log_loss < before - GAIN)
             before = log_loss
-        running = int(torch.count_nonzero(active))
+        previous, running = running, int(torch.count_nonzero(active))
+        if running < previous:
+            steps = torch.where(active, steps, steps.clamp(max=step))
         if running == 0:
             break
-        if shrink and running <= SHRINK * len(index):
+        if shrink and running < len(index):
             ends = ended()
             keep = active.nonzero()[:, 0]
             point = point.take(keep)
             log_loss, lr, lr_cap, power, steps, before, active, index = (
                 x[keep] for x in (log_loss, lr, lr_cap, power, steps, before, active, index)
             )
-        steps += active
         point.snapshot()
         point.step(point.grads, lr * torch.exp(log_loss * power))
         new_log_loss, grads = objective(point.weights)
         point.keep(grads)
-        accepted = (new_log_loss < log_loss) & active
+        accepted, lower = new_log_loss < log_loss, lr / factor
+        idle = running < len(index)
+        if idle:
+            accepted, lower = accepted & active, torch.where(active, lower, lr)
         point.rollback(~accepted)
         log_loss = torch.where(accepted, new_log_loss, log_loss)
-        lr = torch.where(
-            accepted, torch.where(lr < lr_cap, lr * factor, lr), torch.where(active, lr / factor, lr)
-        )
-        active &= log_loss > stop
+        lr = torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), lower)
+        active = active & (log_loss > stop) if idle else log_loss > stop
         callback(step + 1, log_loss, point, point.grads)
     *weights, log_loss, steps, lr = ended()
     return Descent(weights, log_loss, log_loss <= stop, steps.long(), lr)
