@@ -125,8 +125,8 @@ class PolarWeights:
             first = last
         return parts
 
-    def _grouped(self) -> list[tuple[str | None, list[_Part], dict]]:
-        """The calls of a step: kind, parts, and those arguments of the kernel that stay the same.
+    def _grouped(self) -> list[tuple[list[_Part], list[Tensor], dict]]:
+        """The calls of a step: parts, their rows of `grads`, and the arguments of the kernel that never change.
 
         One call takes all weights of a kind, but rates of rows only beside one weight.
         """
@@ -135,8 +135,8 @@ class PolarWeights:
             groups.setdefault(part.kind if self.instances == 1 else i, []).append(part)
         return [
             (
-                parts[0].kind,
                 parts,
+                [part.of(self.grads[part.index]) for part in parts],
                 dict(
                     weights=[part.weight for part in parts],
                     radius=[part.radius for part in parts],
@@ -174,12 +174,15 @@ class PolarWeights:
     def step(self, grads: Sequence[Tensor], lr: float | Tensor) -> None:
         """One step of descent. grads: dL/dw of each weight. lr: a number, or (E,) for E instances."""
         many = self._spread(lr)
-        for kind, parts, arguments in self._calls:
-            some = [part.of(grads[part.index]) for part in parts]
+        for parts, kept, arguments in self._calls:
+            some = kept if grads is self.grads else [part.of(grads[part.index]) for part in parts]
             rate = parts[0].rates if many else lr  # several parts have one rate
-            if kind is None:
+            if parts[0].kind is None:
                 for part, grad in zip(parts, some):
-                    part.weight.sub_(grad * _as_factor(rate, grad))
+                    if many:
+                        part.weight.addcmul_(grad, _column(rate, grad), value=-1)
+                    else:
+                        part.weight.sub_(grad * lr)
             else:
                 functional.polar_sgd_(
                     grads=[grad.contiguous() for grad in some],
@@ -307,7 +310,7 @@ class TorchWeights(PolarWeights):
             with torch.no_grad():
                 before = _length(leaves[-1], part.dim) if self.retraction == "renormalize" else None
                 for leaf, slope, rate in zip(leaves, slopes, rates):
-                    leaf.sub_(slope * _as_factor(rate, slope))
+                    leaf.sub_(slope * (_column(rate, slope) if many else rate))
                 if part.kind is not None and self.retraction == "renormalize":
                     leaves[1].mul_(before / _length(leaves[1], part.dim))
         self._compute()
@@ -317,10 +320,9 @@ class TorchWeights(PolarWeights):
         self._compute()
 
 
-def _as_factor(rates: float | Tensor, x: Tensor) -> float | Tensor:
+def _column(rates: Tensor, x: Tensor) -> Tensor:
     """Rates of the rows of x, to be multiplied with it."""
-    many = isinstance(rates, Tensor) and rates.numel() > 1
-    return rates.view(-1, *[1] * (x.ndim - 1)) if many else rates
+    return rates.view(-1, *[1] * (x.ndim - 1))
 
 
 def _length(v: Tensor, dim: int | None) -> Tensor:
@@ -554,7 +556,7 @@ def _descend_many(
 ):
     point.keep(grads)
     steps, before = torch.full_like(log_loss, max_steps), torch.full_like(log_loss, math.inf)
-    active, running = log_loss > stop, len(log_loss)
+    active, running, size = log_loss > stop, len(log_loss), len(log_loss)
     index, ends = torch.arange(len(lr), device=lr.device), None
 
     def ended():
@@ -575,25 +577,24 @@ def _descend_many(
             steps = torch.where(active, steps, steps.clamp(max=step))
         if running == 0:
             break
-        if shrink and running < len(index):
-            ends = ended()
+        if shrink and running < size:
+            ends, size = ended(), running
             keep = active.nonzero()[:, 0]
             point = point.take(keep)
             log_loss, lr, lr_cap, power, steps, before, active, index = (
                 x[keep] for x in (log_loss, lr, lr_cap, power, steps, before, active, index)
             )
         point.snapshot()
-        point.step(point.grads, lr * torch.exp(log_loss * power))
+        point.step(point.grads, (log_loss * power).exp_().mul_(lr))
         new_log_loss, grads = objective(point.weights)
         point.keep(grads)
         accepted, lower = new_log_loss < log_loss, lr / factor
-        idle = running < len(index)
-        if idle:
+        if running < size:
             accepted, lower = accepted & active, torch.where(active, lower, lr)
         point.rollback(~accepted)
         log_loss = torch.where(accepted, new_log_loss, log_loss)
         lr = torch.where(accepted, torch.where(lr < lr_cap, lr * factor, lr), lower)
-        active = active & (log_loss > stop) if idle else log_loss > stop
+        active = active & (log_loss > stop) if running < size else log_loss > stop
         callback(step + 1, log_loss, point, point.grads)
     *weights, log_loss, steps, lr = ended()
     return Descent(weights, log_loss, log_loss <= stop, steps.long(), lr)

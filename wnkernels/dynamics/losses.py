@@ -37,7 +37,7 @@ def logistic(margins: Tensor) -> tuple[Tensor, Tensor]:
     """L = sum_i log(1 + exp(-m_i)) over the last dim; arguments and results as of `exponential`."""
     _check(margins, "margins")
     # Below e^-40 a loss is e^-m up to rounding, so that all margins may be less by the same.
-    shift = (margins.amin(-1, keepdim=True) - 40.0).clamp_(min=0.0)
+    shift = torch.relu(margins.amin(-1, keepdim=True) - 40.0)
     z = shift - margins
     loss = functional.softplus(z, threshold=40.0).sum(-1, keepdim=True)  # z from 40 on: the same in floating point
     return (loss.log() - shift).squeeze(-1), torch.sigmoid(z) / -loss

@@ -353,7 +353,7 @@ def xor(
     def log_domain(weights):
         before = nn.functional.linear(x, weights[0]).view(4, -1, width)
         log_loss, slope = losses.logistic((torch.relu(before) @ out).T * y)
-        back = torch.ops.aten.threshold_backward(slope.T[:, :, None] * out, before, 0)  # relu's
+        back = torch.ops.aten.threshold_backward(slope.T.unsqueeze(-1) * out, before, 0)  # relu's
         return log_loss if instances > 1 else log_loss[0], [back.view(4, -1).T @ signed]
 
     def of_kinds(key):
