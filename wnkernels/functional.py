@@ -311,8 +311,8 @@ def _step(name, arguments):
 
 def check_device(name, weights):
     """Raises NotImplementedError where this build has no kernels of the steps for the weights."""
-    if len(weights) and weights[0].device.type not in ("cpu", "meta"):
-        if weights[0].device.type != "cuda" or not _C.build_info["cuda"]:
+    if len(weights) and not (weights[0].is_cpu or weights[0].is_meta):
+        if not weights[0].is_cuda or not _C.build_info["cuda"]:
             raise NotImplementedError(
                 f"{name}: weights must be on the CPU, or on a CUDA device for a build with CUDA; got {weights[0].device} "
                 "(python -m wnkernels info tells what was built)"
@@ -328,7 +328,10 @@ def front_dims(dims, weights):
 
 def numbers_and_tensors(values):
     """Numbers with 0 in the place of tensors, and the tensors with None in the place of numbers."""
-    tensors = [v if isinstance(v, torch.Tensor) else None for v in values]
-    if all(t is None for t in tensors):
-        return values, []
-    return [v if t is None else 0.0 for v, t in zip(values, tensors)], tensors
+    numbers, tensors = values, []
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            if not tensors:
+                numbers, tensors = list(values), [None] * len(values)
+            numbers[i], tensors[i] = 0.0, value
+    return numbers, tensors

@@ -351,9 +351,9 @@ def xor(
     instances, signed = E * len(kinds), y[:, None] * x
 
     def log_domain(weights):
-        before = nn.functional.linear(x, weights[0]).view(4, -1, width)
-        log_loss, slope = losses.logistic((torch.relu(before) @ out).T * y)
-        back = torch.ops.aten.threshold_backward(slope.T.unsqueeze(-1) * out, before, 0)  # relu's
+        hidden = nn.functional.linear(x, weights[0]).relu_().view(4, -1, width)
+        log_loss, slope = losses.logistic((hidden @ out).T * y)
+        back = hidden.sign_().mul_(slope.T.unsqueeze(-1) * out)
         return log_loss if instances > 1 else log_loss[0], [back.view(4, -1).T @ signed]
 
     def of_kinds(key):
