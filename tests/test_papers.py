@@ -188,6 +188,9 @@ def test_one_batch_of_xor_is_its_instances_one_by_one():
             one = morwani.xor(w[None], [kind], "wnkernels")
             assert one.reached and run.reached[2 * k + i] and one.steps == run.steps[2 * k + i]
             torch.testing.assert_close(one.weights[0], rows[k, i], rtol=1e-8, atol=1e-10)
+            exact, steps = morwani.xor_in_numpy(w.numpy(), kind)
+            assert steps == one.steps
+            torch.testing.assert_close(rows[k, i], torch.from_numpy(exact), rtol=1e-8, atol=1e-10)
 
 
 def test_an_experiment_that_is_wrong_does_not_hold(monkeypatch):

@@ -39,7 +39,7 @@ def logistic(margins: Tensor) -> tuple[Tensor, Tensor]:
     # Below e^-40 a loss is e^-m up to rounding, so that all margins may be less by the same.
     shift = torch.relu(margins.amin(-1, keepdim=True) - 40.0)
     z = shift - margins
-    loss = functional.softplus(z, threshold=40.0).sum(-1, keepdim=True)  # z from 40 on: the same in floating point
+    loss = functional.softplus(z, threshold=40.0).sum(-1, keepdim=True)  # beyond 40 it is z up to rounding
     return (loss.log() - shift).squeeze(-1), torch.sigmoid(z) / -loss
 
 
