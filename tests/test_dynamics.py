@@ -226,17 +226,23 @@ def test_the_torch_backend_is_torchs_own_sgd():
 def test_rollback_is_exact(backend):
     point = polar_weights([randn(6, 3), randn(3, 2)], ["ewn", None], instances=3, backend=backend)
     point.step([randn(6, 3), randn(3, 2)], 0.1)
-    before = [x.clone() for x in (*point.weights, point.radius[0], point.norm[0])]
+    point.keep([randn(6, 3), randn(3, 2)])
+
+    def state():
+        return *point.weights, *point.grads, point.radius[0], point.norm[0]
+
+    before = [x.clone() for x in state()]
     point.snapshot()
-    point.step([randn(6, 3), randn(3, 2)], torch.tensor([0.1, 0.2, 0.3], dtype=F64))
-    after = [x.clone() for x in (*point.weights, point.radius[0], point.norm[0])]
+    point.step(point.grads, torch.tensor([0.1, 0.2, 0.3], dtype=F64))
+    point.keep([randn(6, 3), randn(3, 2)])
+    after = [x.clone() for x in state()]
     point.rollback(torch.tensor([True, False, True]))
-    for x, old, new in zip((*point.weights, point.radius[0], point.norm[0]), before, after):
+    for x, old, new in zip(state(), before, after):
         rows = torch.tensor([True, False, True]).repeat_interleave(len(x) // 3)
         assert torch.equal(x[rows], old[rows]) and torch.equal(x[~rows], new[~rows])
         assert not torch.equal(x[~rows], old[~rows])
     point.rollback()
-    for x, old in zip((*point.weights, point.radius[0], point.norm[0]), before):
+    for x, old in zip(state(), before):
         assert torch.equal(x, old)
 
 

@@ -473,9 +473,12 @@ def normalized_descent(
             steps; 0 for never.
         levels: values of log L at which the weights are kept; one instance only.
         callback: (step, log L, point, gradients over L), called at the start, and after each step that was
-            accepted; with several instances after each step.
+            accepted; with several instances after each step. The next step overwrites what it gets.
         shrink: take instances that have ended out of the batch, without a callback. The objective must be
             one of any number of instances, the same for all of them; `point` is not stepped to the end.
+
+    An objective that needs no autograd may run under ``torch.inference_mode()``, where small steps are a fifth
+    cheaper.
 
     Returns: a `Descent`.
 

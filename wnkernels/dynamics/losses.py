@@ -36,7 +36,7 @@ def exponential(margins: Tensor) -> tuple[Tensor, Tensor]:
 def logistic(margins: Tensor) -> tuple[Tensor, Tensor]:
     """L = sum_i log(1 + exp(-m_i)) over the last dim; arguments and results as of `exponential`."""
     _check(margins, "margins")
-    # Below e^-40 a loss is e^-m up to rounding, so that all margins may be less by the same.
+    # A loss below e^-40 is e^-m up to rounding: taking the same from all such margins scales it, and no more.
     shift = torch.relu(margins.amin(-1, keepdim=True) - 40.0)
     z = shift - margins
     loss = functional.softplus(z, threshold=40.0).sum(-1, keepdim=True)  # beyond 40 it is z up to rounding
