@@ -126,7 +126,7 @@ class PolarWeights:
         return parts
 
     def _grouped(self) -> list[tuple[list[_Part], list[Tensor], dict]]:
-        """The calls of a step: parts, their rows of `grads`, and the arguments of the kernel that never change.
+        """The calls of a step: parts, their rows of `grads`, and the kernel's arguments that never change.
 
         One call takes all weights of a kind, but rates of rows only beside one weight.
         """
@@ -477,8 +477,8 @@ def normalized_descent(
         shrink: take instances that have ended out of the batch, without a callback. The objective must be
             one of any number of instances, the same for all of them; `point` is not stepped to the end.
 
-    An objective that needs no autograd may run under ``torch.inference_mode()``, where small steps are a fifth
-    cheaper.
+    With an objective that needs no autograd all of it may run under ``torch.inference_mode()``, where small
+    steps are a fifth cheaper.
 
     Returns: a `Descent`.
 
