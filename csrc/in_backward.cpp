@@ -6,7 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "cpu/in_backward.h"
@@ -103,7 +102,7 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor y = at::empty(shape, x.options()), z = at::empty({need_z ? batch : 0, rows}, x.options());
   const Tensor matrix = as_matrix(x);
-  const bool small = cpu::small_products(batch, rows, weight.size(1));
+  const bool small = cpu::small_products(batch);
   const Tensor product = small ? Tensor() : at::mm(weight, matrix.t());
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "in_backward_linear", [&] {
     const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
@@ -129,16 +128,19 @@ struct Arguments {
   bool polar, need_x, measure, refresh;
 };
 
+// Whether a row is complete before u' is there.
+bool finished(const Arguments& a, const RowStep& step) { return !a.measure && !a.refresh && std::isfinite(step.n); }
+
 // The scalar work of rows from, from + 1, ...
 template <class T, int width> struct Prepare {
   const Arguments& a;
   int64_t rows, batch;
-  const T *dy, *z, *scale, *gram_dy;  // gram_dy = x x^T dy
-  bool known;                         // gram_dy is
-  T* bias;
-  T *of_x, *of_weight;  // dy scale, what is multiplied by u for dx, and e, what is multiplied by x for u'; null if not needed
+  const T *dy, *z, *gram_dy;  // gram_dy = x x^T dy
+  bool known;                 // gram_dy is
+  T *scale, *bias;
+  T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
   int64_t row_stride, batch_stride;  // of these
-  T* kept;              // what u is multiplied by before e^T x is added; null if not needed
+  T* kept;                           // by what u is multiplied before e^T x is added; null if not needed
   RowStep* steps;
 
   void operator()(int64_t from) const {
@@ -161,6 +163,8 @@ template <class T, int width> struct Prepare {
         steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], square[j]);
       }
       old[j] = a.polar ? scale[from + j] : T(1);
+      if (a.polar && finished(a, steps[from + j]))
+        scale[from + j] = static_cast<T>(steps[from + j].finish(a.state, from + j, -1));
       factor[j] = static_cast<T>(a.sign * (a.polar ? steps[from + j].factor : -a.state.lr));
       if (kept)
         kept[from + j] = static_cast<T>(a.polar ? steps[from + j].fold : 1 - a.state.lr * a.state.weight_decay);
@@ -176,31 +180,33 @@ template <class T, int width> struct Prepare {
 };
 
 template <class T> void prepare(const Prepare<T, kTile>& tile) {
-  Prepare<T, 1> single{tile.a, tile.rows, tile.batch, tile.dy, tile.z, tile.scale, tile.gram_dy, tile.known, tile.bias, tile.of_x,
-                       tile.of_weight, tile.row_stride, tile.batch_stride, tile.kept, tile.steps};
+  Prepare<T, 1> single{tile.a, tile.rows, tile.batch, tile.dy, tile.z, tile.gram_dy, tile.known, tile.scale, tile.bias,
+                       tile.of_x, tile.of_weight, tile.row_stride, tile.batch_stride, tile.kept, tile.steps};
   for_tiles(tile.rows, tile.batch, tile, single);
 }
 
+// The rows that need the length of u'.
 template <class T> void finish(const Arguments& a, const std::vector<RowStep>& steps) {
-  bool measured = a.measure || a.refresh;
-  for (const RowStep& step : steps) measured = measured || !std::isfinite(step.n);
-  const Tensor length = measured ? op::row_norm(a.weight, 0).to(at::kDouble) : Tensor();
+  if (std::all_of(steps.begin(), steps.end(), [&](const RowStep& step) { return finished(a, step); })) return;
+  const Tensor length = op::row_norm(a.weight, 0).to(at::kDouble);
   T* const scale = a.scale.mutable_data_ptr<T>();
   for (size_t u = 0; u < steps.size(); ++u)
-    scale[u] = static_cast<T>(steps[u].finish(a.state, u, measured ? length.const_data_ptr<double>()[u] : -1));
+    if (!finished(a, steps[u])) scale[u] = static_cast<T>(steps[u].finish(a.state, u, length.const_data_ptr<double>()[u]));
 }
 
 template <class T> Tensor run(const Arguments& a) {
   const int64_t batch = a.dy.size(0), rows = a.weight.size(0), width = a.weight.size(1);
-  const bool known = a.polar && !a.measure, small = cpu::small_products(batch, rows, width);
+  const bool known = a.polar && !a.measure, small = cpu::small_products(batch);
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  const T *const x = a.x.const_data_ptr<T>(), *const dy = a.dy.const_data_ptr<T>();
+  const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
   std::vector<RowStep> steps(a.polar ? rows : 0);
   Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram_dy, of_x, of_weight, kept;
   if (known && small) {
     const Tensor gram = at::empty({batch, batch}, a.x.options());
     gram_dy = at::empty_like(a.dy);
-    cpu::LinearForward<T>{data(a.x), data(a.x), nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
-    cpu::LinearStep<T>{nullptr, data(gram), nullptr, nullptr, data(a.dy), nullptr, data(gram_dy), batch, batch, rows}.run();
+    cpu::LinearForward<T>{x, x, nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
+    cpu::LinearStep<T>{nullptr, data(gram), nullptr, nullptr, dy, nullptr, data(gram_dy), batch, batch, rows}.run();
   } else if (known) {
     gram_dy = at::mm(at::mm(a.x, a.x.t()), a.dy);
   }
@@ -210,17 +216,17 @@ template <class T> Tensor run(const Arguments& a) {
     kept = at::empty({rows}, a.x.options());
   } else if (a.polar) {
     of_x = a.need_x ? at::empty_like(a.dy) : Tensor();
-    of_weight = known ? gram_dy : at::empty_like(a.dy);
+    of_weight = at::empty_like(a.dy);
   }
   if (small || a.polar || a.bias.defined())
-    prepare<T>({a, rows, batch, data(a.dy), data(a.z), data(a.scale), data(gram_dy), known, data(a.bias),
-                data(of_x), data(of_weight), small ? batch : 1, small ? 1 : rows, data(kept), steps.data()});
+    prepare<T>({a, rows, batch, dy, z, data(gram_dy), known, data(a.scale), data(a.bias), data(of_x), data(of_weight),
+                small ? batch : 1, small ? 1 : rows, data(kept), steps.data()});
   if (small) {
-    cpu::LinearStep<T>{data(a.x), data(of_x), data(of_weight), data(kept), data(a.weight), data(a.weight), data(dx),
-                       batch, rows, width}.run();
+    T* const u = data(a.weight);
+    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), batch, rows, width}.run();
   } else {
     if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
-    for (int64_t u = 0; u < rows && a.polar; ++u)
+    for (size_t u = 0; u < steps.size(); ++u)
       if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
     if (a.polar)
       a.weight.addmm_(of_weight.t(), a.x);

@@ -13,6 +13,10 @@
 
 #include "../numeric.h"
 
+#if !defined(WN_ONE_VERSION) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WN_WIDE_VECTORS
+#endif
+
 namespace wn::cpu {
 namespace {
 
@@ -30,7 +34,7 @@ template <class T, int bytes> struct Simd {
   static constexpr int lanes = bytes / sizeof(T), panel = 2 * lanes, tile = bytes == 64 ? 8 : 4;
 
   static WN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
-  static WN_INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static WN_INLINE void store(T* p, const V& v) { *reinterpret_cast<Unaligned*>(p) = v; }
 };
 
 // out = kept in + a b, for in and out (m, panel), kept (m,) or null for ones, a (m, k) with element (i, n) at
@@ -131,23 +135,21 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
     }
 }
 
-// Columns of u that go into one round of the inner product.
-constexpr int64_t kDepth = 512;
-constexpr int64_t kBatchBlock = 32;
+// Of the inner products: columns of one round, which stay in L1 from one part of the batch to the next; the batch whose
+// sums are kept at a time; and rows that stay in L2 from one such batch to the next.
+constexpr int64_t kDepth = 512, kBatch = 32, kRows = 16;
 
-// Sums of the lanes of S::lanes vectors.
-template <class S, int n, class V> WN_INLINE V sum_lanes(V* v) {
+// Sums of neighbours, of a and then of b.
+template <class V, int... lane> WN_INLINE V sum_pairs(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, 2 * lane...) + __builtin_shufflevector(a, b, (2 * lane + 1)...);
+}
+
+// Element i of the result is the sum of the lanes of v[i].
+template <class S, int n = S::lanes> WN_INLINE typename S::V sum_lanes(typename S::V* v) {
   if constexpr (n > 1) {
-    typedef std::conditional_t<sizeof(V{}[0]) == 4, int32_t, int64_t> I;
-    typedef I Index __attribute__((vector_size(sizeof(V))));
-    Index even, odd;
-    for (int i = 0; i < S::lanes; ++i) {
-      even[i] = 2 * i;
-      odd[i] = 2 * i + 1;
-    }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int i = 0; i < n / 2; ++i)
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+      v[i] = sum_pairs(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, S::lanes>{});
     return sum_lanes<S, n / 2>(v);
   }
   return v[0];
@@ -164,22 +166,22 @@ WN_INLINE void add_inner(const T* u, const T* x, int64_t stride, int64_t k, type
     for (int i = 0; i < m; ++i) sum[j][i] = sums[j * m + i];
   int64_t c = 0;
   const auto add = [&](const auto& load) __attribute__((always_inline)) {
-    V ui[m];
+    V ui[m], xj;
 #pragma GCC unroll 8
-    for (int i = 0; i < m; ++i) ui[i] = load(u + i * stride + c);
+    for (int i = 0; i < m; ++i) load(ui[i], u + i * stride + c);
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) {
-      const V xj = load(x + j * stride + c);
+      load(xj, x + j * stride + c);
 #pragma GCC unroll 8
       for (int i = 0; i < m; ++i) sum[j][i] += ui[i] * xj;
     }
   };
-  for (; c + S::lanes <= k; c += S::lanes) add([](const T* p) __attribute__((always_inline)) { return S::load(p); });
+  for (; c + S::lanes <= k; c += S::lanes)
+    add([](V& v, const T* p) __attribute__((always_inline)) { v = S::load(p); });
   if (c < k)
-    add([&](const T* p) __attribute__((always_inline)) {
-      V v = {};
+    add([&](V& v, const T* p) __attribute__((always_inline)) {
+      v = V{};
       for (int i = 0; i < k - c; ++i) v[i] = p[i];
-      return v;
     });
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j)
@@ -187,12 +189,11 @@ WN_INLINE void add_inner(const T* u, const T* x, int64_t stride, int64_t k, type
     for (int i = 0; i < m; ++i) sums[j * m + i] = sum[j][i];
 }
 
-template <class S, int m, class T> WN_INLINE void forward_rows(const LinearForward<T>& p, int64_t row, int64_t first) {
-  using V = typename S::V;
-  constexpr int n_max = S::tile == 8 ? 4 : 2;
-  V sums[kBatchBlock * m];
-  const int64_t batch = std::min(kBatchBlock, p.batch - first);
-  for (int64_t j = 0; j < batch * m; ++j) sums[j] = V{};
+// Rows row..row + m - 1 of u and up to kBatch of x.
+template <class S, int m, class T>
+WN_INLINE void forward_tile(const LinearForward<T>& p, int64_t row, int64_t first, int64_t batch) {
+  typename S::V sums[kBatch * m];
+  for (int64_t i = 0; i < batch * m || i % S::lanes; ++i) sums[i] = typename S::V{};
   const T *const u = p.u + row * p.width, *const x = p.x + first * p.width;
   for (int64_t c = 0; c < p.width; c += kDepth) {
     const int64_t k = std::min(kDepth, p.width - c);
@@ -200,73 +201,84 @@ template <class S, int m, class T> WN_INLINE void forward_rows(const LinearForwa
     const auto tiles = [&](auto n) __attribute__((always_inline)) {
       for (; b + n <= batch; b += n) add_inner<S, m, n>(u + c, x + b * p.width + c, p.width, k, sums + b * m);
     };
-    if constexpr (n_max == 4) tiles(std::integral_constant<int, 4>{});
+    if constexpr (S::tile == 8 && m == 4) tiles(std::integral_constant<int, 4>{});
     tiles(std::integral_constant<int, 2>{});
     tiles(std::integral_constant<int, 1>{});
   }
+  T z[kBatch * m];
+  for (int64_t i = 0; i < batch * m; i += S::lanes) S::store(z + i, sum_lanes<S>(sums + i));
   for (int64_t b = 0; b < batch; ++b)
     for (int i = 0; i < m; ++i) {
-      T z = 0;
-      for (int l = 0; l < S::lanes; ++l) z += sums[b * m + i][l];
       const int64_t at = (first + b) * p.rows + row + i;
-      if (p.z) p.z[at] = z;
-      p.y[at] = z * (p.scale ? p.scale[row + i] : T(1)) + (p.bias ? p.bias[row + i] : T(0));
+      if (p.z) p.z[at] = z[b * m + i];
+      p.y[at] = z[b * m + i] * (p.scale ? p.scale[row + i] : T(1)) + (p.bias ? p.bias[row + i] : T(0));
     }
 }
 
-template <class S, class T> WN_INLINE void forward_range(const LinearForward<T>& p, int64_t first, int64_t last) {
-  for (int64_t b = 0; b < p.batch; b += kBatchBlock) {
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4) forward_rows<S, 4>(p, row, b);
-    for (; row < last; ++row) forward_rows<S, 1>(p, row, b);
-  }
+template <class S, class T> WN_INLINE void forward_rows(const LinearForward<T>& p, int64_t first, int64_t last) {
+  constexpr int m = 4;
+  for (int64_t row = first; row < last; row += kRows)
+    for (int64_t b = 0; b < p.batch; b += kBatch) {
+      const int64_t end = std::min(row + kRows, last), batch = std::min(kBatch, p.batch - b);
+      int64_t r = row;
+      for (; r + m <= end; r += m) forward_tile<S, m>(p, r, b, batch);
+      for (; r < end; ++r) forward_tile<S, 1>(p, r, b, batch);
+    }
 }
 
-// The widest vectors of this machine.
-#define WN_VECTORS(name, inner, Problem)                                                                         \
-  template <class T> void name##_16(const Problem<T>& p, int64_t first, int64_t last) {                          \
-    inner<Simd<T, 16>>(p, first, last);                                                                          \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  __attribute__((target("arch=x86-64-v3"))) void name##_32(const Problem<T>& p, int64_t first, int64_t last) {   \
-    inner<Simd<T, 32>>(p, first, last);                                                                          \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  __attribute__((target("arch=x86-64-v4"))) void name##_64(const Problem<T>& p, int64_t first, int64_t last) {   \
-    inner<Simd<T, 64>>(p, first, last);                                                                          \
-  }                                                                                                              \
-  template <class T> auto name() {                                                                               \
-    return __builtin_cpu_supports("x86-64-v4")   ? &name##_64<T>                                                 \
-           : __builtin_cpu_supports("x86-64-v3") ? &name##_32<T>                                                 \
-                                                 : &name##_16<T>;                                                \
-  }
-WN_VECTORS(step_in, step_columns, LinearStep)
-WN_VECTORS(forward_in, forward_range, LinearForward)
+template <class T, int bytes> WN_INLINE void part_of(const LinearForward<T>& p, int64_t first, int64_t last) {
+  forward_rows<Simd<T, bytes>>(p, first, last);
+}
+template <class T, int bytes> WN_INLINE void part_of(const LinearStep<T>& p, int64_t first, int64_t last) {
+  step_columns<Simd<T, bytes>>(p, first, last);
+}
 
-constexpr int64_t kColumnUnit = 32;
+// Rows first..last - 1 of the forward, or columns of the step, with the widest vectors of this machine.
+template <class Problem> using Part = void (*)(const Problem&, int64_t first, int64_t last);
+
+template <class T, template <class> class Problem>
+void part_by_16(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 16>(p, first, last); }
+#ifdef WN_WIDE_VECTORS
+template <class T, template <class> class Problem> __attribute__((target("arch=x86-64-v3")))
+void part_by_32(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 32>(p, first, last); }
+template <class T, template <class> class Problem> __attribute__((target("arch=x86-64-v4")))
+void part_by_64(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 64>(p, first, last); }
+#endif
+
+template <class T, template <class> class Problem> Part<Problem<T>> part() {
+#ifdef WN_WIDE_VECTORS
+  if (__builtin_cpu_supports("x86-64-v4")) return &part_by_64<T, Problem>;
+  if (__builtin_cpu_supports("x86-64-v3")) return &part_by_32<T, Problem>;
+#endif
+  return &part_by_16<T, Problem>;
+}
+
+// Columns that share a thread: x and dx of that many stay in its cache.
+constexpr int64_t kColumns = 1024, kColumnUnit = 32;
 
 }  // namespace
 
-bool small_products(int64_t batch, int64_t rows, int64_t width) {
+bool small_products(int64_t batch) {
   static const char* env = getenv("WN_OWN");
-  return batch > 0 && batch <= (env ? atoi(env) : 32);
-}
-
-template <class T> void LinearStep<T>::run() const {
-  const auto step = step_in<T>();
-  static const char* env = getenv("WN_CHUNK");
-  const int64_t most = env ? atoi(env) : 1024, threads = at::get_num_threads(), units = (width + kColumnUnit - 1) / kColumnUnit;
-  const int64_t wanted = std::max(threads, (width + most - 1) / most);
-  const int64_t chunk = (units + wanted - 1) / wanted * kColumnUnit;
-  at::parallel_for(0, (width + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) step(*this, i * chunk, std::min(width, (i + 1) * chunk));
-  });
+  return batch > 0 && batch <= (env ? atoi(env) : 256);
 }
 
 template <class T> void LinearForward<T>::run() const {
-  const auto forward = forward_in<T>();
-  at::parallel_for(0, (rows + 15) / 16, 1 + 2048 / (1 + batch * width), [&](int64_t begin, int64_t end) {
-    forward(*this, begin * 16, std::min(rows, end * 16));
+  constexpr int64_t unit = kRows;
+  const auto forward = part<T, wn::cpu::LinearForward>();
+  at::parallel_for(0, (rows + unit - 1) / unit, 1 + 2048 / (1 + batch * width), [&](int64_t begin, int64_t end) {
+    forward(*this, begin * unit, std::min(rows, end * unit));
+  });
+}
+
+template <class T> void LinearStep<T>::run() const {
+  static const char* env = getenv("WN_CHUNK");
+  const int64_t most = env ? atoi(env) : kColumns;
+  const auto step = part<T, wn::cpu::LinearStep>();
+  const int64_t parts = std::max<int64_t>(at::get_num_threads(), (width + most - 1) / most);
+  const int64_t units = (width + kColumnUnit - 1) / kColumnUnit, columns = (units + parts - 1) / parts * kColumnUnit;
+  at::parallel_for(0, (width + columns - 1) / columns, 1 + 2048 / (1 + batch * rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) step(*this, i * columns, std::min(width, (i + 1) * columns));
   });
 }
 

@@ -5,8 +5,8 @@
 
 namespace wn::cpu {
 
-// Whether these are the quicker ones.
-bool small_products(int64_t batch, int64_t rows, int64_t width);
+// Whether these are quicker than the library's.
+bool small_products(int64_t batch);
 
 // z = x u^T and y = z scale + bias. x (batch, width), u (rows, width), y and z (batch, rows); z, scale and bias may be null.
 template <class T> struct LinearForward {
