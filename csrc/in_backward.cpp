@@ -90,8 +90,8 @@ template <class Tile, class Single> void for_tiles(int64_t rows, int64_t batch, 
   });
 }
 
-// y = z scale + bias, and z = x u^T where it is needed. The product is made as u x^T: in
-// this orientation that of a small batch is the quicker one, and it is turned around in the pass that scales it.
+// y = z scale + bias, and z = x u^T where it is needed. A library's product is made as u x^T, the quicker orientation, and
+// turned around in the pass that scales it.
 std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
                                               const std::optional<Tensor>& bias, bool need_z) {
   check_layer(x, weight, scale, bias);

@@ -1,6 +1,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // Of products no bit is promised, and contracted multiply-adds are twice as quick.
 #pragma GCC optimize("fp-contract=fast")
+#pragma GCC diagnostic ignored "-Wpsabi"  // what takes or returns vectors is inlined
 #endif
 
 #include "in_backward.h"
@@ -135,24 +136,24 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
     }
 }
 
-// Of the inner products: columns of one round, which stay in L1 from one part of the batch to the next; the batch whose
-// sums are kept at a time; and rows that stay in L2 from one such batch to the next.
+// Of the inner products: columns that stay in L1 from one part of the batch to the next; the batch whose sums are kept at
+// a time; and rows that stay in L2 from one such batch to the next.
 constexpr int64_t kDepth = 512, kBatch = 32, kRows = 16;
 
-// Sums of neighbours, of a and then of b.
-template <class V, int... lane> WN_INLINE V sum_pairs(V a, V b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, 2 * lane...) + __builtin_shufflevector(a, b, (2 * lane + 1)...);
+// sum = sums of neighbours, of a and then of b.
+template <class V, int... lane>
+WN_INLINE void sum_pairs(const V& a, const V& b, V& sum, std::integer_sequence<int, lane...>) {
+  sum = __builtin_shufflevector(a, b, 2 * lane...) + __builtin_shufflevector(a, b, (2 * lane + 1)...);
 }
 
-// Element i of the result is the sum of the lanes of v[i].
-template <class S, int n = S::lanes> WN_INLINE typename S::V sum_lanes(typename S::V* v) {
+// Element i of v[0] becomes the sum of the lanes of v[i].
+template <class S, int n = S::lanes> WN_INLINE void sum_lanes(typename S::V* v) {
   if constexpr (n > 1) {
 #pragma GCC unroll 8
     for (int i = 0; i < n / 2; ++i)
-      v[i] = sum_pairs(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, S::lanes>{});
-    return sum_lanes<S, n / 2>(v);
+      sum_pairs(v[2 * i], v[2 * i + 1], v[i], std::make_integer_sequence<int, S::lanes>{});
+    sum_lanes<S, n / 2>(v);
   }
-  return v[0];
 }
 
 // sums (n, m) += x (n, k) u (m, k)^T, lane by lane.
@@ -206,7 +207,10 @@ WN_INLINE void forward_tile(const LinearForward<T>& p, int64_t row, int64_t firs
     tiles(std::integral_constant<int, 1>{});
   }
   T z[kBatch * m];
-  for (int64_t i = 0; i < batch * m; i += S::lanes) S::store(z + i, sum_lanes<S>(sums + i));
+  for (int64_t i = 0; i < batch * m; i += S::lanes) {
+    sum_lanes<S>(sums + i);
+    S::store(z + i, sums[i]);
+  }
   for (int64_t b = 0; b < batch; ++b)
     for (int i = 0; i < m; ++i) {
       const int64_t at = (first + b) * p.rows + row + i;
@@ -253,15 +257,12 @@ template <class T, template <class> class Problem> Part<Problem<T>> part() {
   return &part_by_16<T, Problem>;
 }
 
-// Columns that share a thread: x and dx of that many stay in its cache.
+// Columns of one task of a step, at most, and what their number is a multiple of.
 constexpr int64_t kColumns = 1024, kColumnUnit = 32;
 
 }  // namespace
 
-bool small_products(int64_t batch) {
-  static const char* env = getenv("WN_OWN");
-  return batch > 0 && batch <= (env ? atoi(env) : 256);
-}
+bool small_products(int64_t batch) { return batch > 0 && batch <= 512; }  // larger ones were not measured
 
 template <class T> void LinearForward<T>::run() const {
   constexpr int64_t unit = kRows;
@@ -272,10 +273,8 @@ template <class T> void LinearForward<T>::run() const {
 }
 
 template <class T> void LinearStep<T>::run() const {
-  static const char* env = getenv("WN_CHUNK");
-  const int64_t most = env ? atoi(env) : kColumns;
   const auto step = part<T, wn::cpu::LinearStep>();
-  const int64_t parts = std::max<int64_t>(at::get_num_threads(), (width + most - 1) / most);
+  const int64_t parts = std::max<int64_t>(at::get_num_threads(), (width + kColumns - 1) / kColumns);
   const int64_t units = (width + kColumnUnit - 1) / kColumnUnit, columns = (units + parts - 1) / parts * kColumnUnit;
   at::parallel_for(0, (width + columns - 1) / columns, 1 + 2048 / (1 + batch * rows), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) step(*this, i * columns, std::min(width, (i + 1) * columns));

@@ -1,4 +1,4 @@
-// The products of a linear layer that steps inside its backward, for batches too small for a library's.
+// The products of a linear layer that steps inside its backward, for batches that leave a library's waiting for memory.
 #pragma once
 
 #include <cstdint>
