@@ -6,9 +6,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "cpu/in_backward.h"
 #include "in_backward.h"
 #include "ops.h"
 #include "tensors.h"
@@ -20,10 +20,6 @@ enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBias
 
 // Rows of one tile are worked on together, element by element.
 constexpr int kTile = 16;
-
-// Batches up to this size leave a weight's block of rows in cache between the product that reads it for dx and the one
-// that updates it: blocks save a pass over the weight. Larger ones are bound by arithmetic, and want large products.
-constexpr int64_t kBlockBatch = 32, kBlockRows = 64, kBlockElements = 1 << 18;
 
 // |G|^2 by the Gram matrix of the batch costs batch^2 (rows + width) multiplications, |u'| one pass over the weight.
 bool gram_is_cheaper(int64_t batch, int64_t rows, int64_t width) {
@@ -94,8 +90,8 @@ template <class Tile, class Single> void for_tiles(int64_t rows, int64_t batch, 
   });
 }
 
-// y = z scale + bias, and z = x u^T where it is needed. The product is made as u x^T: in
-// this orientation that of a small batch is the quicker one, and it is turned around in the pass that scales it.
+// y = z scale + bias, and z = x u^T where it is needed. A library's product is made as u x^T, the quicker orientation, and
+// turned around in the pass that scales it.
 std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
                                               const std::optional<Tensor>& bias, bool need_z) {
   check_layer(x, weight, scale, bias);
@@ -105,9 +101,17 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor y = at::empty(shape, x.options()), z = at::empty({need_z ? batch : 0, rows}, x.options());
-  const Tensor product = at::mm(weight, as_matrix(x).t());
+  const Tensor matrix = as_matrix(x);
+  const bool small = cpu::small_products(batch);
+  const Tensor product = small ? Tensor() : at::mm(weight, matrix.t());
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "in_backward_linear", [&] {
     const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
+    if (small) {
+      cpu::LinearForward<scalar_t>{matrix.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(), data(scale),
+                                   data(bias), need_z ? z.mutable_data_ptr<scalar_t>() : nullptr,
+                                   y.mutable_data_ptr<scalar_t>(), batch, rows, weight.size(1)}.run();
+      return;
+    }
     const Turn<scalar_t, kTile> tile{product.const_data_ptr<scalar_t>(), data(scale), data(bias),
                                      need_z ? z.mutable_data_ptr<scalar_t>() : nullptr,
                                      y.mutable_data_ptr<scalar_t>(), rows, batch};
@@ -124,15 +128,19 @@ struct Arguments {
   bool polar, need_x, measure, refresh;
 };
 
+// Whether a row is complete before u' is there.
+bool finished(const Arguments& a, const RowStep& step) { return !a.measure && !a.refresh && std::isfinite(step.n); }
+
 // The scalar work of rows from, from + 1, ...
 template <class T, int width> struct Prepare {
   const Arguments& a;
   int64_t rows, batch;
-  const T *dy, *z, *scale;
-  T* bias;
-  T* of_x;       // dy scale, what is multiplied by u for dx; null if not needed
-  T* of_weight;  // x x^T dy where known, and becomes e, what is multiplied by x for u'
-  bool known;
+  const T *dy, *z, *gram_dy;  // gram_dy = x x^T dy
+  bool known;                 // gram_dy is
+  T *scale, *bias;
+  T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
+  int64_t row_stride, batch_stride;  // of these
+  T* kept;                           // by what u is multiplied before e^T x is added; null if not needed
   RowStep* steps;
 
   void operator()(int64_t from) const {
@@ -143,89 +151,89 @@ template <class T, int width> struct Prepare {
       if (a.polar)
         for (int j = 0; j < width; ++j) inner[j] += double(dy[at + j]) * double(z[at + j]);
       if (known)
-        for (int j = 0; j < width; ++j) square[j] += double(dy[at + j]) * double(of_weight[at + j]);
+        for (int j = 0; j < width; ++j) square[j] += double(dy[at + j]) * double(gram_dy[at + j]);
     }
     if (bias)
       for (int j = 0; j < width; ++j)
         bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
-    if (!a.polar) return;
     T old[width], factor[width];
     for (int j = 0; j < width; ++j) {
-      if (!known) square[j] = std::numeric_limits<double>::infinity();
-      steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], square[j]);
-      old[j] = scale[from + j];
-      factor[j] = static_cast<T>(a.sign * steps[from + j].factor);
+      if (a.polar) {
+        if (!known) square[j] = std::numeric_limits<double>::infinity();
+        steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], square[j]);
+      }
+      old[j] = a.polar ? scale[from + j] : T(1);
+      if (a.polar && finished(a, steps[from + j]))
+        scale[from + j] = static_cast<T>(steps[from + j].finish(a.state, from + j, -1));
+      factor[j] = static_cast<T>(a.sign * (a.polar ? steps[from + j].factor : -a.state.lr));
+      if (kept)
+        kept[from + j] = static_cast<T>(a.polar ? steps[from + j].fold : 1 - a.state.lr * a.state.weight_decay);
     }
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t at = b * rows + from;
-      T g[width];
-      for (int j = 0; j < width; ++j) g[j] = dy[at + j];
-      if (of_x)
-        for (int j = 0; j < width; ++j) of_x[at + j] = g[j] * old[j];
-      for (int j = 0; j < width; ++j) of_weight[at + j] = g[j] * factor[j];
-    }
+    const auto write = [&](T* to, const T* factors) {
+      for (int64_t b = 0; b < batch && to; ++b)
+        for (int j = 0; j < width; ++j)
+          to[b * batch_stride + (from + j) * row_stride] = dy[b * rows + from + j] * factors[j];
+    };
+    write(of_x, old);
+    write(of_weight, factor);
   }
 };
 
-// dx = kept dx + what the rows first..first + rows - 1 give to it; then updates them.
-template <class T>
-void step_rows(const Arguments& a, const Tensor& of_x, const Tensor& of_weight, const RowStep* steps, int64_t first,
-               int64_t rows, Tensor& dx, double kept) {
-  Tensor weight = a.weight.narrow(0, first, rows);
-  if (a.need_x) dx.addmm_(of_x.narrow(1, first, rows), weight, kept);
-  if (!a.polar) {
-    weight.addmm_(a.dy.narrow(1, first, rows).t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
-    return;
-  }
-  bool measured = a.measure || a.refresh;
-  for (int64_t u = first; u < first + rows; ++u) {
-    measured = measured || !std::isfinite(steps[u].n);
-    if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
-  }
-  weight.addmm_(of_weight.narrow(1, first, rows).t(), a.x);
-  const Tensor length = measured ? op::row_norm(weight, 0).to(at::kDouble) : Tensor();
+template <class T> void prepare(const Prepare<T, kTile>& tile) {
+  Prepare<T, 1> single{tile.a, tile.rows, tile.batch, tile.dy, tile.z, tile.gram_dy, tile.known, tile.scale, tile.bias,
+                       tile.of_x, tile.of_weight, tile.row_stride, tile.batch_stride, tile.kept, tile.steps};
+  for_tiles(tile.rows, tile.batch, tile, single);
+}
+
+// The rows that need the length of u'.
+template <class T> void finish(const Arguments& a, const std::vector<RowStep>& steps) {
+  if (std::all_of(steps.begin(), steps.end(), [&](const RowStep& step) { return finished(a, step); })) return;
+  const Tensor length = op::row_norm(a.weight, 0).to(at::kDouble);
   T* const scale = a.scale.mutable_data_ptr<T>();
-  for (int64_t u = first; u < first + rows; ++u)
-    scale[u] = static_cast<T>(
-        steps[u].finish(a.state, u, measured ? length.const_data_ptr<double>()[u - first] : -1));
+  for (size_t u = 0; u < steps.size(); ++u)
+    if (!finished(a, steps[u])) scale[u] = static_cast<T>(steps[u].finish(a.state, u, length.const_data_ptr<double>()[u]));
 }
 
 template <class T> Tensor run(const Arguments& a) {
-  const int64_t batch = a.dy.size(0), rows = a.weight.size(0), threads = at::get_num_threads();
-  const bool known = a.polar && !a.measure;
+  const int64_t batch = a.dy.size(0), rows = a.weight.size(0), width = a.weight.size(1);
+  const bool known = a.polar && !a.measure, small = cpu::small_products(batch);
+  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  const T *const x = a.x.const_data_ptr<T>(), *const dy = a.dy.const_data_ptr<T>();
+  const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
   std::vector<RowStep> steps(a.polar ? rows : 0);
-  Tensor of_x = a.dy, of_weight;
-  if (a.polar) {
+  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram_dy, of_x, of_weight, kept;
+  if (known && small) {
+    const Tensor gram = at::empty({batch, batch}, a.x.options());
+    gram_dy = at::empty_like(a.dy);
+    cpu::LinearForward<T>{x, x, nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
+    cpu::LinearStep<T>{nullptr, data(gram), nullptr, nullptr, dy, nullptr, data(gram_dy), batch, batch, rows}.run();
+  } else if (known) {
+    gram_dy = at::mm(at::mm(a.x, a.x.t()), a.dy);
+  }
+  if (small) {
+    of_x = a.need_x ? at::empty({rows, batch}, a.x.options()) : Tensor();
+    of_weight = at::empty({rows, batch}, a.x.options());
+    kept = at::empty({rows}, a.x.options());
+  } else if (a.polar) {
     of_x = a.need_x ? at::empty_like(a.dy) : Tensor();
-    of_weight = known ? at::mm(at::mm(a.x, a.x.t()), a.dy) : at::empty_like(a.dy);
+    of_weight = at::empty_like(a.dy);
   }
-  if (a.polar || a.bias.defined()) {
-    const Prepare<T, kTile> tile{a, rows, batch, a.dy.const_data_ptr<T>(), a.polar ? a.z.const_data_ptr<T>() : nullptr,
-                                 a.polar ? a.scale.const_data_ptr<T>() : nullptr,
-                                 a.bias.defined() ? a.bias.mutable_data_ptr<T>() : nullptr,
-                                 a.polar && a.need_x ? of_x.mutable_data_ptr<T>() : nullptr,
-                                 a.polar ? of_weight.mutable_data_ptr<T>() : nullptr, known, steps.data()};
-    const Prepare<T, 1> single{a, rows, batch, tile.dy, tile.z, tile.scale, tile.bias,
-                               tile.of_x, tile.of_weight, known, steps.data()};
-    for_tiles(rows, batch, tile, single);
+  if (small || a.polar || a.bias.defined())
+    prepare<T>({a, rows, batch, dy, z, data(gram_dy), known, data(a.scale), data(a.bias), data(of_x), data(of_weight),
+                small ? batch : 1, small ? 1 : rows, data(kept), steps.data()});
+  if (small) {
+    T* const u = data(a.weight);
+    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), batch, rows, width}.run();
+  } else {
+    if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
+    for (size_t u = 0; u < steps.size(); ++u)
+      if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
+    if (a.polar)
+      a.weight.addmm_(of_weight.t(), a.x);
+    else
+      a.weight.addmm_(a.dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
   }
-
-  const bool blocks = batch <= kBlockBatch && a.weight.numel() >= kBlockElements && rows >= 2 * kBlockRows * threads;
-  if (!blocks) {
-    Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor();
-    step_rows<T>(a, of_x, of_weight, steps.data(), 0, rows, dx, 0);
-    return dx;
-  }
-  const Tensor parts = a.need_x ? at::zeros({threads, batch, a.weight.size(1)}, a.x.options()) : Tensor();
-  at::parallel_for(0, (rows + kBlockRows - 1) / kBlockRows, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;  // dispatch state is the thread's
-    Tensor part = a.need_x ? parts[at::get_thread_num()] : Tensor();
-    for (int64_t i = begin; i < end; ++i)
-      step_rows<T>(a, of_x, of_weight, steps.data(), i * kBlockRows, std::min(kBlockRows, rows - i * kBlockRows), part,
-                   1);
-  });
-  Tensor dx = a.need_x ? parts[0] : Tensor();
-  for (int64_t t = 1; a.need_x && t < threads; ++t) dx.add_(parts[t]);
+  if (a.polar) finish<T>(a, steps);
   return dx;
 }
 

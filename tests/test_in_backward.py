@@ -96,8 +96,8 @@ def test_the_scale_is_folded_back_many_times(kind):
     assert distance(plain[0], inside[0]) < 1e-10
 
 
-@pytest.mark.parametrize("batch", [1, 3, 40])  # |G|^2 by the Gram matrix, and by the length of the new rows
-@pytest.mark.parametrize("width", [(11, 17), (520, 600)])  # the latter in blocks of rows where the batch is small
+@pytest.mark.parametrize("batch", [1, 3, 40, 600])  # |G|^2 by the Gram matrix or the new rows; own products, or not
+@pytest.mark.parametrize("width", [(11, 17), (520, 600)])
 @pytest.mark.parametrize("kind", ["ewn", None])
 def test_every_path_of_the_product(batch, width, kind):
     threads = torch.get_num_threads()
@@ -115,6 +115,39 @@ def test_every_path_of_the_product(batch, width, kind):
     finally:
         torch.set_num_threads(threads)
     assert distance(plain[0], inside[0]) < 1e-12
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch, rows, width", [
+    (1, 1, 1), (1, 65, 130), (7, 1, 64), (2, 64, 1), (16, 33, 100), (33, 70, 65), (31, 16, 1057), (40, 35, 2100),
+    (300, 21, 90), (600, 21, 90),
+])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_products_of_any_size(threads, dtype, batch, rows, width, decay):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # Neither is contiguous.
+        x, dy = torch.randn(width, batch, dtype=dtype).t(), torch.randn(batch, 2 * rows, dtype=dtype)[:, ::2]
+        u, bias, scale = (torch.randn(size, dtype=dtype) for size in ((rows, width), (rows,), (rows,)))
+        y, z = _C.in_backward_linear(x, u, scale, bias, True)
+        old, numbers = u.clone(), [0.1, 0.0, decay, 0.0, 0.0, 0.0]
+        dx = _C.in_backward_sgd_(dy, x, None, u, None, None, None, None, None, None, "swn", numbers, False, False, False,
+                                 True)
+        same = old.clone()
+        nothing = _C.in_backward_sgd_(dy, x, None, same, None, None, None, None, None, None, "swn", numbers, False, False,
+                                      False, False)
+    finally:
+        torch.set_num_threads(before)
+    assert nothing.numel() == 0 and torch.equal(same, u)
+    x, dy, old, scale, bias = (t.double() for t in (x, dy, old, scale, bias))
+    expected = {"z": (z, x @ old.t(), x.abs() @ old.abs().t()),
+                "y": (y, x @ old.t() * scale + bias, x.abs() @ old.abs().t() * scale.abs() + bias.abs()),
+                "dx": (dx, dy @ old, dy.abs() @ old.abs()),
+                "u": (u, (1 - 0.1 * decay) * old - 0.1 * dy.t() @ x, old.abs() + dy.t().abs() @ x.abs())}
+    for name, (got, exact, size) in expected.items():  # errors of sums are bounded by the sums of magnitudes
+        assert ((got - exact).abs() <= 20 * torch.finfo(dtype).eps * size).all(), name
 
 
 def test_the_length_of_rows_is_measured_now_and_then(monkeypatch):

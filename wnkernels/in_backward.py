@@ -9,7 +9,7 @@
 
 - A ``Linear`` layer under PolarSGD without momentum never has a gradient of its weight: the step is one
   in-place product of the gradient of its output and its input (csrc/in_backward.cpp). Per step the weight is
-  read three times and written once, where plain SGD needs six passes; small batches save one more. In float64
+  read twice and written once, where plain SGD needs six passes; batches over 512 read it once more. In float64
   the weights are those of PolarSGD. Layers that PolarSGD takes as plain (``kind=None``) are stepped by the
   same product.
 - Everything else (convolutions, embeddings, momentum, Adam, tied or 16-bit weights, rates for each row) has

@@ -1,0 +1,289 @@
+#if defined(__GNUC__) && !defined(__clang__)
+// Of products no bit is promised, and contracted multiply-adds are twice as quick.
+#pragma GCC optimize("fp-contract=fast")
+#pragma GCC diagnostic ignored "-Wpsabi"  // what takes or returns vectors is inlined
+#endif
+
+#include "in_backward.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../numeric.h"
+
+#if !defined(WN_ONE_VERSION) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WN_WIDE_VECTORS
+#endif
+
+namespace wn::cpu {
+namespace {
+
+// Memory of one thread, aligned for vectors.
+template <class T> struct Scratch {
+  c10::DataPtr memory;
+  explicit Scratch(int64_t size) : memory(c10::GetCPUAllocator()->allocate(size * sizeof(T))) {}
+  T* data() const { return static_cast<T*>(memory.get()); }
+};
+
+// Vectors of `bytes`, and the tiles that fit into the registers then.
+template <class T, int bytes> struct Simd {
+  typedef T V __attribute__((vector_size(bytes)));
+  typedef T Unaligned __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
+  static constexpr int lanes = bytes / sizeof(T), panel = 2 * lanes, tile = bytes == 64 ? 8 : 4;
+
+  static WN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static WN_INLINE void store(T* p, const V& v) { *reinterpret_cast<Unaligned*>(p) = v; }
+};
+
+// out = kept in + a b, for in and out (m, panel), kept (m,) or null for ones, a (m, k) with element (i, n) at
+// a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel).
+template <class S, int m, bool turned, class T>
+WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_stride, const T* a, int64_t stride,
+                           const T* b, int64_t k) {
+  typename S::V sum[m][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < m; ++i) {
+    const T factor = kept ? kept[i] : T(1);
+    sum[i][0] = S::load(in + i * S::panel) * factor;
+    sum[i][1] = S::load(in + i * S::panel + S::lanes) * factor;
+  }
+  for (int64_t n = 0; n < k; ++n, b += S::panel) {
+    const typename S::V b0 = S::load(b), b1 = S::load(b + S::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) {
+      const T factor = turned ? a[i + n * stride] : a[i * stride + n];
+      sum[i][0] += b0 * factor;
+      sum[i][1] += b1 * factor;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < m; ++i) {
+    S::store(out + i * out_stride, sum[i][0]);
+    S::store(out + i * out_stride + S::lanes, sum[i][1]);
+  }
+}
+
+// The same for any m.
+template <class S, bool turned, class T>
+WN_INLINE void add_products(int64_t m, const T* in, const T* kept, T* out, int64_t out_stride, const T* a,
+                            int64_t stride, const T* b, int64_t k) {
+  int64_t i = 0;
+  const auto tiles = [&](auto size) __attribute__((always_inline)) {
+    for (; i + size <= m; i += size)
+      add_product<S, size, turned>(in + i * S::panel, kept ? kept + i : nullptr, out + i * out_stride, out_stride,
+                                   a + i * (turned ? 1 : stride), stride, b, k);
+  };
+  if constexpr (S::tile == 8) tiles(std::integral_constant<int, 8>{});
+  tiles(std::integral_constant<int, 4>{});
+  tiles(std::integral_constant<int, 2>{});
+  tiles(std::integral_constant<int, 1>{});
+}
+
+// Rows of `count` columns from a matrix into panels, the last one filled up with zeros.
+template <class S, class T> WN_INLINE void pack(const T* from, int64_t stride, int64_t rows, int64_t count, T* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = from + r * stride;
+    int64_t c = 0;
+    T* panel = to + r * S::panel;
+    for (; c + S::panel <= count; c += S::panel, panel += rows * S::panel) {
+      S::store(panel, S::load(row + c));
+      S::store(panel + S::lanes, S::load(row + c + S::lanes));
+    }
+    if (c < count) {
+      std::fill(panel, panel + S::panel, T(0));
+      std::copy(row + c, row + count, panel);
+    }
+  }
+}
+
+// Rows of u between the product that reads them and the one that updates them.
+constexpr int64_t kBlock = 32;
+
+template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, int64_t first, int64_t last) {
+  constexpr int64_t P = S::panel;
+  const int64_t count = last - first, panels = (count + P - 1) / P, batch = p.batch;
+  const Scratch<T> memory((2 * batch + kBlock) * panels * P);
+  T *const x = memory.data(), *const dx = x + batch * panels * P, *const u = dx + batch * panels * P;
+  if (p.e) pack<S>(p.x + first, p.width, batch, count, x);
+  if (p.dx) std::fill(dx, u, T(0));
+  for (int64_t row = 0; row < p.rows; row += kBlock) {
+    const int64_t rows = std::min(kBlock, p.rows - row), after = std::min(kBlock, p.rows - row - rows);
+    pack<S>(p.u + row * p.width + first, p.width, rows, count, u);
+    for (int64_t c = 0; c < panels; ++c) {
+      const int64_t at = row * p.width + first + c * P, width = std::min(P, count - c * P);
+      T* const in = u + c * rows * P;
+      for (int64_t r = 0; r < after; ++r)  // the next block, in runs too short for the hardware to foresee
+        for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(p.u + at + (rows + r) * p.width + i);
+      if (p.dx) {
+        T* const d = dx + c * batch * P;
+        add_products<S, true, T>(batch, d, nullptr, d, P, p.a + row * batch, batch, in, rows);
+      }
+      if (!p.e) continue;
+      const bool whole = width == P;
+      add_products<S, false, T>(rows, in, p.kept + row, whole ? p.updated + at : in, whole ? p.width : P,
+                                p.e + row * batch, batch, x + c * batch * P, batch);
+      for (int64_t r = 0; r < rows && !whole; ++r)
+        std::copy(in + r * P, in + r * P + width, p.updated + at + r * p.width);
+    }
+  }
+  for (int64_t b = 0; b < batch && p.dx; ++b)
+    for (int64_t c = 0; c < panels; ++c) {
+      const T* const from = dx + (c * batch + b) * P;
+      std::copy(from, from + std::min(P, count - c * P), p.dx + b * p.width + first + c * P);
+    }
+}
+
+// Of the inner products: columns that stay in L1 from one part of the batch to the next; the batch whose sums are kept at
+// a time; and rows that stay in L2 from one such batch to the next.
+constexpr int64_t kDepth = 512, kBatch = 32, kRows = 16;
+
+// sum = sums of neighbours, of a and then of b.
+template <class V, int... lane>
+WN_INLINE void sum_pairs(const V& a, const V& b, V& sum, std::integer_sequence<int, lane...>) {
+  sum = __builtin_shufflevector(a, b, 2 * lane...) + __builtin_shufflevector(a, b, (2 * lane + 1)...);
+}
+
+// Element i of v[0] becomes the sum of the lanes of v[i].
+template <class S, int n = S::lanes> WN_INLINE void sum_lanes(typename S::V* v) {
+  if constexpr (n > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i)
+      sum_pairs(v[2 * i], v[2 * i + 1], v[i], std::make_integer_sequence<int, S::lanes>{});
+    sum_lanes<S, n / 2>(v);
+  }
+}
+
+// sums (n, m) += x (n, k) u (m, k)^T, lane by lane.
+template <class S, int m, int n, class T>
+WN_INLINE void add_inner(const T* u, const T* x, int64_t stride, int64_t k, typename S::V* sums) {
+  using V = typename S::V;
+  V sum[n][m];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) sum[j][i] = sums[j * m + i];
+  int64_t c = 0;
+  const auto add = [&](const auto& load) __attribute__((always_inline)) {
+    V ui[m], xj;
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) load(ui[i], u + i * stride + c);
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) {
+      load(xj, x + j * stride + c);
+#pragma GCC unroll 8
+      for (int i = 0; i < m; ++i) sum[j][i] += ui[i] * xj;
+    }
+  };
+  for (; c + S::lanes <= k; c += S::lanes)
+    add([](V& v, const T* p) __attribute__((always_inline)) { v = S::load(p); });
+  if (c < k)
+    add([&](V& v, const T* p) __attribute__((always_inline)) {
+      v = V{};
+      for (int i = 0; i < k - c; ++i) v[i] = p[i];
+    });
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) sums[j * m + i] = sum[j][i];
+}
+
+// Rows row..row + m - 1 of u and up to kBatch of x.
+template <class S, int m, class T>
+WN_INLINE void forward_tile(const LinearForward<T>& p, int64_t row, int64_t first, int64_t batch) {
+  typename S::V sums[kBatch * m];
+  for (int64_t i = 0; i < batch * m || i % S::lanes; ++i) sums[i] = typename S::V{};
+  const T *const u = p.u + row * p.width, *const x = p.x + first * p.width;
+  for (int64_t c = 0; c < p.width; c += kDepth) {
+    const int64_t k = std::min(kDepth, p.width - c);
+    int64_t b = 0;
+    const auto tiles = [&](auto n) __attribute__((always_inline)) {
+      for (; b + n <= batch; b += n) add_inner<S, m, n>(u + c, x + b * p.width + c, p.width, k, sums + b * m);
+    };
+    if constexpr (S::tile == 8 && m == 4) tiles(std::integral_constant<int, 4>{});
+    tiles(std::integral_constant<int, 2>{});
+    tiles(std::integral_constant<int, 1>{});
+  }
+  T z[kBatch * m];
+  for (int64_t i = 0; i < batch * m; i += S::lanes) {
+    sum_lanes<S>(sums + i);
+    S::store(z + i, sums[i]);
+  }
+  for (int64_t b = 0; b < batch; ++b)
+    for (int i = 0; i < m; ++i) {
+      const int64_t at = (first + b) * p.rows + row + i;
+      if (p.z) p.z[at] = z[b * m + i];
+      p.y[at] = z[b * m + i] * (p.scale ? p.scale[row + i] : T(1)) + (p.bias ? p.bias[row + i] : T(0));
+    }
+}
+
+template <class S, class T> WN_INLINE void forward_rows(const LinearForward<T>& p, int64_t first, int64_t last) {
+  constexpr int m = 4;
+  for (int64_t row = first; row < last; row += kRows)
+    for (int64_t b = 0; b < p.batch; b += kBatch) {
+      const int64_t end = std::min(row + kRows, last), batch = std::min(kBatch, p.batch - b);
+      int64_t r = row;
+      for (; r + m <= end; r += m) forward_tile<S, m>(p, r, b, batch);
+      for (; r < end; ++r) forward_tile<S, 1>(p, r, b, batch);
+    }
+}
+
+template <class T, int bytes> WN_INLINE void part_of(const LinearForward<T>& p, int64_t first, int64_t last) {
+  forward_rows<Simd<T, bytes>>(p, first, last);
+}
+template <class T, int bytes> WN_INLINE void part_of(const LinearStep<T>& p, int64_t first, int64_t last) {
+  step_columns<Simd<T, bytes>>(p, first, last);
+}
+
+// Rows first..last - 1 of the forward, or columns of the step, with the widest vectors of this machine.
+template <class Problem> using Part = void (*)(const Problem&, int64_t first, int64_t last);
+
+template <class T, template <class> class Problem>
+void part_by_16(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 16>(p, first, last); }
+#ifdef WN_WIDE_VECTORS
+template <class T, template <class> class Problem> __attribute__((target("arch=x86-64-v3")))
+void part_by_32(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 32>(p, first, last); }
+template <class T, template <class> class Problem> __attribute__((target("arch=x86-64-v4")))
+void part_by_64(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 64>(p, first, last); }
+#endif
+
+template <class T, template <class> class Problem> Part<Problem<T>> part() {
+#ifdef WN_WIDE_VECTORS
+  if (__builtin_cpu_supports("x86-64-v4")) return &part_by_64<T, Problem>;
+  if (__builtin_cpu_supports("x86-64-v3")) return &part_by_32<T, Problem>;
+#endif
+  return &part_by_16<T, Problem>;
+}
+
+// Columns of one task of a step, at most, and what their number is a multiple of.
+constexpr int64_t kColumns = 1024, kColumnUnit = 32;
+
+}  // namespace
+
+bool small_products(int64_t batch) { return batch > 0 && batch <= 512; }  // larger ones were not measured
+
+template <class T> void LinearForward<T>::run() const {
+  constexpr int64_t unit = kRows;
+  const auto forward = part<T, wn::cpu::LinearForward>();
+  at::parallel_for(0, (rows + unit - 1) / unit, 1 + 2048 / (1 + batch * width), [&](int64_t begin, int64_t end) {
+    forward(*this, begin * unit, std::min(rows, end * unit));
+  });
+}
+
+template <class T> void LinearStep<T>::run() const {
+  const auto step = part<T, wn::cpu::LinearStep>();
+  const int64_t parts = std::max<int64_t>(at::get_num_threads(), (width + kColumns - 1) / kColumns);
+  const int64_t units = (width + kColumnUnit - 1) / kColumnUnit, columns = (units + parts - 1) / parts * kColumnUnit;
+  at::parallel_for(0, (width + columns - 1) / columns, 1 + 2048 / (1 + batch * rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) step(*this, i * columns, std::min(width, (i + 1) * columns));
+  });
+}
+
+template struct LinearForward<float>;
+template struct LinearForward<double>;
+template struct LinearStep<float>;
+template struct LinearStep<double>;
+
+}  // namespace wn::cpu

@@ -1,0 +1,30 @@
+// The products of a linear layer that steps inside its backward, for batches that leave a library's waiting for memory.
+#pragma once
+
+#include <cstdint>
+
+namespace wn::cpu {
+
+// Whether these are quicker than the library's.
+bool small_products(int64_t batch);
+
+// z = x u^T and y = z scale + bias. x (batch, width), u (rows, width), y and z (batch, rows); z, scale and bias may be null.
+template <class T> struct LinearForward {
+  const T *x, *u, *scale, *bias;
+  T *z, *y;
+  int64_t batch, rows, width;
+
+  void run() const;
+};
+
+// dx = a u, and updated = diag(kept) u + e^T x, where u is read once for both. x, dx (batch, width); u, updated, which may
+// be u, (rows, width); a^T, e^T (rows, batch); kept (rows,). dx and e may be null, and what is needed for them alone.
+template <class T> struct LinearStep {
+  const T *x, *a, *e, *kept, *u;
+  T *updated, *dx;
+  int64_t batch, rows, width;
+
+  void run() const;
+};
+
+}  // namespace wn::cpu
