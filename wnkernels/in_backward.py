@@ -419,17 +419,17 @@ class _Layer:
                    float(group["radius_weight_decay"])]
         numbers += [float(bias_group["lr"]), float(bias_group["weight_decay"])] if stepped_bias else [0.0, 0.0]
         rows = None, None, None, None
-        telemetry = None
+        telemetry, refresh = None, False
         if self.kind is not None:
             state = inside.optimizer.state[weight]
             rows = self.scale, self.rho, state["radius"], state["norm"]
             if group["telemetry"]:
                 telemetry = inside.optimizer._telemetry_of(weight)
             self.refresh = (self.refresh + 1) % REFRESH
+            refresh = self.refresh == 0 or weight.is_cuda and torch.cuda.is_current_stream_capturing()
         result = _C.in_backward_sgd_(
             dy, x, saved, weight, *rows, bias if stepped_bias else None, telemetry, self.kind or "swn", numbers,
-            group["maximize"], group["retraction"] == "renormalize", self.captured or self.refresh == 0,
-            needs[0] and not low,
+            group["maximize"], group["retraction"] == "renormalize", refresh, needs[0] and not low,
         )
         self.folded = self.kind is None
         self.mark = optim._mark(weight)

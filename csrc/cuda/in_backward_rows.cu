@@ -115,7 +115,7 @@ prepare_kernel(WN_PARAMETER RowsInBackward job, int64_t pieces, Phase phase) {
 template <class T> WN_KERNEL(threads, 1) fold_kernel(WN_PARAMETER RowsInBackward job) {
   const BlockOf block(bid(), job.rows);
   const RowStep* step = Scratch(job).step + block.first;
-  if (!block_any(tid() < block.count && step[tid() < block.count ? tid() : 0].fold != 1)) return;
+  if (!block_any(tid() < block.count && step[tid()].fold != 1)) return;
   for (int r = 0; r < block.count; ++r) {
     const T factor = static_cast<T>(step[r].fold);
     T* u = static_cast<T*>(job.weight) + (block.first + r) * job.width;
