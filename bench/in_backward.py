@@ -106,7 +106,7 @@ def bytes_of(table, width, batch):
     return 4 * len(table) * (4 * width * width + 6 * batch * width)
 
 
-def run(table, width, batch, seconds, device="cpu"):
+def run(table, width, batch, seconds, device="cpu", hide_launch=False):
     calls = {}
     for name in table:
         arguments, options = parts(table, name, width, batch, device)
@@ -114,7 +114,7 @@ def run(table, width, batch, seconds, device="cpu"):
     if 4 * width * width > harness.cache_bytes(device):
         source, target = (torch.randn(width, width, device=device) for _ in range(2))
         calls["copy"] = lambda: target.copy_(source)
-    times = harness.measure(calls, device=device, seconds=seconds)
+    times = harness.measure(calls, device=device, seconds=seconds, hide_launch=hide_launch)
     rows = []
     for name in calls:
         row = {"width": width, "batch": batch, "autocast": "bf16" if table is BFLOAT16 else "", "provider": name}
@@ -148,6 +148,7 @@ def main(arguments=None):
     parser.add_argument("--batches", type=int, nargs="+", default=(16, 128, 512))
     parser.add_argument("--autocast-batches", type=int, nargs="*", default=(16, 128))
     parser.add_argument("--memory-width", type=int, default=MEMORY_WIDTH, help="0: skip the peak memory")
+    parser.add_argument("--hide-launch", action="store_true", help="CUDA: the time of the device alone, as in a CUDA graph")
     parser.add_argument("--name", default="in_backward", help="of the CSV file")
     options = parser.parse_args(arguments)
     facts, folder = harness.begin(options)
@@ -157,7 +158,8 @@ def main(arguments=None):
     with harness.Progress(len(points) + 1, "in_backward") as progress:
         for table, width, batch in points:
             fits = harness.fits(bytes_of(table, width, batch), options.device)
-            rows += run(table, width, batch, options.seconds, options.device) if fits else []
+            if fits:
+                rows += run(table, width, batch, options.seconds, options.device, options.hide_launch)
             progress.step(f"width {width}, batch {batch}{'' if fits else ': left out, too large for the memory'}")
         if options.memory_width:
             names = ("plain", "plain, in backward", "SWN, in backward")
