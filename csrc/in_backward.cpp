@@ -9,8 +9,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "in_backward.h"
 #include "in_backward_run.h"
 #include "ops.h"
+#include "tensors.h"
 
 namespace wn {
 namespace {
