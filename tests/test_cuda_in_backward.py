@@ -45,7 +45,7 @@ class Layer:
         w, dy, x = self.true_weight(), self.dy.tensor.double(), self.x.tensor.double()
         self.before = {"w": w, "norm": self.norm.tensor.clone(), "radius": self.radius.tensor.clone(),
                        "bias": self.bias.tensor.double()}
-        self.G = sign * dy.t() @ x
+        self.G, self.lr, self.radius_lr = sign * dy.t() @ x, numbers["lr"], numbers["radius_lr"]
         step = reference.polar_sgd_step(w, self.G, self.radius.tensor.clone(), self.norm.tensor.clone(), kind=self.kind,
                                         **numbers)
         bias = self.bias.tensor.double()
@@ -76,15 +76,19 @@ class Layer:
     def check(self, expected, dx=None):
         step, wanted_dx, bias = expected
         u = ROOM * unit_roundoff(self.dtype) * (self.batch + 8) ** 0.5
-        size = self.G.norm(dim=1)
-        reach = self.before["w"].norm(dim=1) + step.weight.norm(dim=1) + size
+        dy, before = self.dy.tensor.double().abs(), self.before
+        size, length = self.G.norm(dim=1), before["w"].norm(dim=1)
+        moved = self.radius_lr * (1 + length) * size  # g' or alpha', and with it w', is a difference too
+        # v' is the difference of v and a multiple of G, and n'^2 the sum of a square and a difference of squares.
+        terms = before["norm"] + self.lr * length / before["norm"] * size
+        lost = 1 + terms / step.norm + (terms / step.norm) ** 2
         for name, got, wanted, bound in [
-            ("weight", self.true_weight(), step.weight, reach.unsqueeze(1)),
-            ("radius", self.radius.tensor, step.radius, 1 + step.radius.abs() + size),
-            ("norm", self.norm.tensor, step.norm, self.before["norm"] + step.norm),
-            ("bias", self.bias.tensor.double(), bias, 1 + self.before["bias"].abs() + self.dy.tensor.double().abs().sum(0)),
-            ("length", self.rho.tensor.abs() * self.weight.tensor.double().norm(dim=1), self.norm.tensor, step.norm),
-            *([("dx", dx.double(), wanted_dx, wanted_dx.abs().amax(1, keepdim=True))] if dx is not None else []),
+            ("weight", self.true_weight(), step.weight, (step.weight.norm(dim=1) * lost + moved).unsqueeze(1)),
+            ("radius", self.radius.tensor, step.radius, 1 + step.radius.abs() + moved),
+            ("norm", self.norm.tensor, step.norm, step.norm * lost),
+            ("bias", self.bias.tensor.double(), bias, 1 + before["bias"].abs() + dy.sum(0)),
+            ("length", self.rho.tensor.abs() * self.weight.tensor.double().norm(dim=1), self.norm.tensor, step.norm * lost),
+            *([("dx", dx.double(), wanted_dx, dy @ before["w"].abs())] if dx is not None else []),
         ]:
             excess = (got - wanted).abs() / (u * bound)
             assert bool((excess <= 1).all()), f"{name}: {excess.max().item()} times the bound"
