@@ -53,6 +53,10 @@ bench() {
   run kernels "$python" -m bench.kernels --device cuda --seconds 2 --out "$results"
   run layers "$python" -m bench.layers --device cuda --forced --seconds 2 --out "$results"
   run optimizers "$python" -m bench.optimizers --device cuda --seconds 2 --out "$results"
+  in_backward=("$python" -m bench.in_backward --device cuda --widths 1024 4096 16384 --batches 16 128 1024 8192
+    --autocast-batches 16 1024 --seconds 2 --out "$results")
+  run in_backward "${in_backward[@]}"
+  run in_backward_device "${in_backward[@]}" --hide-launch --memory-width 0 --name in_backward_device
   run models "$python" -m bench.models --device cuda --seconds 2 --out "$results"
   run overhead "$python" -m bench.overhead --device cuda --seconds 3 --out "$results"
 }

@@ -1,7 +1,7 @@
 """A full training step of one Linear layer with SGD, where the step is taken inside the backward: time and peak memory,
 against the plain layer with torch's fused SGD; and a step under autocast, where the polar step writes the 16-bit weight.
 
-    python -m bench.in_backward
+    python -m bench.in_backward [--device cuda]
 """
 
 import torch
@@ -24,8 +24,8 @@ def fused(layer):
 
 
 def inside(kind):
-    def make(width):
-        layer = nn.Sequential(nn.Linear(width, width))
+    def make(width, device):
+        layer = nn.Sequential(nn.Linear(width, width, device=device))
         parameters = polar_groups(layer, kind) if kind else layer.parameters()
         optimizer = PolarSGD(parameters, lr=training.LR, kind=kind)
         in_backward(layer, optimizer)
@@ -34,19 +34,19 @@ def inside(kind):
     return make
 
 
-def plain(width):
-    layer = nn.Linear(width, width)
+def plain(width, device):
+    layer = nn.Linear(width, width, device=device)
     return layer, fused(layer)
 
 
-def parametrized(width):
-    layer = torch_swn(width, width)
+def parametrized(width, device):
+    layer = torch_swn(width, width).to(device)
     return layer, fused(layer)
 
 
 def polar(**copies):
-    def make(width):
-        layer = nn.Sequential(nn.Linear(width, width))
+    def make(width, device):
+        layer = nn.Sequential(nn.Linear(width, width, device=device))
         optimizer = PolarSGD(polar_groups(layer), lr=training.LR)
         if copies:
             autocast_copy(layer, optimizer, **copies)
@@ -80,36 +80,41 @@ AUTOCAST_BYTES = {"plain": 30, "PolarSGD": 30, "PolarSGD, copy": 26, "PolarSGD, 
                   "SWN, in backward": 22}
 
 
-def parts(table, name, width, batch):
+def parts(table, name, width, batch, device="cpu"):
     """(forward, optimizer, input, gradient of the output) and the options of `training.timed`."""
     make, set_to_none = table[name]
     torch.manual_seed(0)
-    layer, optimizer = make(width)
-    x = torch.randn(batch, width, requires_grad=True)
-    dy = torch.randn(batch, width)
+    layer, optimizer = make(width, device)
+    x = torch.randn(batch, width, device=device, requires_grad=True)
+    dy = torch.randn(batch, width, device=device)
 
     def lowered(x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             return layer(x)
 
     forward, dy = (lowered, dy.bfloat16()) if table is BFLOAT16 else (layer, dy)
     return (forward, optimizer, x, dy), {"set_to_none": set_to_none}
 
 
-def memory_of(name, width, batch):
-    arguments, options = parts(FLOAT32, name, width, batch)
+def memory_of(name, width, batch, device):
+    arguments, options = parts(FLOAT32, name, width, batch, device)
     training.three_steps(*arguments, **options)
 
 
-def run(table, width, batch, seconds):
+def bytes_of(table, width, batch):
+    """Of a run, roughly: each provider with a weight, its gradient, a temporary and what the step keeps of the batch."""
+    return 4 * len(table) * (4 * width * width + 6 * batch * width)
+
+
+def run(table, width, batch, seconds, device="cpu", hide_launch=False):
     calls = {}
     for name in table:
-        arguments, options = parts(table, name, width, batch)
+        arguments, options = parts(table, name, width, batch, device)
         calls[name] = training.timed("full", *arguments, **options)
-    if 4 * width * width > harness.cache_bytes("cpu"):
-        source, target = (torch.randn(width, width) for _ in range(2))
+    if 4 * width * width > harness.cache_bytes(device):
+        source, target = (torch.randn(width, width, device=device) for _ in range(2))
         calls["copy"] = lambda: target.copy_(source)
-    times = harness.measure(calls, seconds=seconds)
+    times = harness.measure(calls, device=device, seconds=seconds, hide_launch=hide_launch)
     rows = []
     for name in calls:
         row = {"width": width, "batch": batch, "autocast": "bf16" if table is BFLOAT16 else "", "provider": name}
@@ -143,6 +148,7 @@ def main(arguments=None):
     parser.add_argument("--batches", type=int, nargs="+", default=(16, 128, 512))
     parser.add_argument("--autocast-batches", type=int, nargs="*", default=(16, 128))
     parser.add_argument("--memory-width", type=int, default=MEMORY_WIDTH, help="0: skip the peak memory")
+    parser.add_argument("--hide-launch", action="store_true", help="CUDA: the time of the device alone, as in a CUDA graph")
     parser.add_argument("--name", default="in_backward", help="of the CSV file")
     options = parser.parse_args(arguments)
     facts, folder = harness.begin(options)
@@ -151,11 +157,14 @@ def main(arguments=None):
     points += [(BFLOAT16, max(options.widths), b) for b in options.autocast_batches]
     with harness.Progress(len(points) + 1, "in_backward") as progress:
         for table, width, batch in points:
-            rows += run(table, width, batch, options.seconds)
-            progress.step(f"width {width}, batch {batch}")
+            fits = harness.fits(bytes_of(table, width, batch), options.device)
+            if fits:
+                rows += run(table, width, batch, options.seconds, options.device, options.hide_launch)
+            progress.step(f"width {width}, batch {batch}{'' if fits else ': left out, too large for the memory'}")
         if options.memory_width:
             names = ("plain", "plain, in backward", "SWN, in backward")
-            peaks = {name: harness.peak_memory(memory_of, name, options.memory_width, 16) for name in names}
+            peaks = {name: harness.peak_memory(memory_of, name, options.memory_width, 16, options.device, device=options.device)
+                     for name in names}
             for name, peak in peaks.items():
                 rows.append({"width": options.memory_width, "batch": 16, "autocast": "", "provider": name,
                              "peak_bytes": peak, "memory_ratio": peak / peaks["plain"]})

@@ -10,11 +10,14 @@
 
 #include "cpu/in_backward.h"
 #include "in_backward.h"
+#include "in_backward_run.h"
 #include "ops.h"
 #include "tensors.h"
 
 namespace wn {
 namespace {
+
+using in_backward::Arguments;
 
 enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBiasWeightDecay, kNumbers };
 
@@ -100,6 +103,12 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   shape.back() = rows;
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+#if defined(WN_WITH_CUDA)
+  if (weight.is_cuda()) {
+    const auto [y, z] = in_backward::cuda::linear(as_matrix(x), weight, scale, bias, need_z);
+    return {y.view(shape), need_z ? z : at::empty({0, rows}, x.options())};
+  }
+#endif
   const Tensor y = at::empty(shape, x.options()), z = at::empty({need_z ? batch : 0, rows}, x.options());
   const Tensor matrix = as_matrix(x);
   const bool small = cpu::small_products(batch);
@@ -121,15 +130,8 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   return {y, z};
 }
 
-struct Arguments {
-  Tensor dy, x, z, weight, scale, bias;  // dy, z (batch, rows) and x (batch, width) contiguous; undefined where absent
-  RowState state;
-  double bias_lr, bias_weight_decay, sign;
-  bool polar, need_x, measure, refresh;
-};
-
 // Whether a row is complete before u' is there.
-bool finished(const Arguments& a, const RowStep& step) { return !a.measure && !a.refresh && std::isfinite(step.n); }
+bool finished(const Arguments& a, const RowStep& step) { return !a.measure && !a.refresh && step.norm_known(); }
 
 // The scalar work of rows from, from + 1, ...
 template <class T, int width> struct Prepare {
@@ -264,11 +266,13 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   check_state("radius", radius, 1);
   check_state("norm", norm, 1);
   check_state("telemetry", telemetry, 5);
-  if (z)
+  if (z) {
+    check_device("z", *z, weight);
     TORCH_CHECK_VALUE(z->dim() == 2 && z->size(0) == batch && z->size(1) == rows && z->is_contiguous() &&
                           z->scalar_type() == weight.scalar_type(),
                       "z must be contiguous of the weight's dtype and of shape (", batch, ", ", rows, "), got ",
                       z->scalar_type(), " of ", z->sizes());
+  }
   const Kind k = !polar || kind == "swn" ? Kind::swn : kind == "unit" ? Kind::unit : parse_kind(kind);
 
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -281,7 +285,11 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   a.measure = polar && !telemetry && !gram_is_cheaper(batch, rows, weight.size(1));
   if (polar) a.z = z ? *z : at::mm(a.x, weight.t());
   Tensor dx;
-  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "in_backward_sgd_", [&] { dx = run<scalar_t>(a); });
+#if defined(WN_WITH_CUDA)
+  if (weight.is_cuda()) dx = in_backward::cuda::run(a);
+#endif
+  if (weight.is_cpu())
+    AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "in_backward_sgd_", [&] { dx = run<scalar_t>(a); });
   weight.unsafeGetTensorImpl()->bump_version();
   for (const auto& t : {scale, rho, radius, norm, bias, telemetry})
     if (t) t->unsafeGetTensorImpl()->bump_version();
@@ -315,10 +323,15 @@ TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
         "bool maximize, bool keep_norm, bool refresh, bool need_x) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(wnkernels, CPU, m) {
+static void register_in_backward(torch::Library& m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
 }
+
+TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_in_backward(m); }
+#if defined(WN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_in_backward(m); }
+#endif
 TORCH_LIBRARY_IMPL(wnkernels, Autograd, m) {  // the Python function around them records
   m.impl("in_backward_linear", torch::CppFunction::makeFallthrough());
   m.impl("in_backward_sgd_", torch::CppFunction::makeFallthrough());

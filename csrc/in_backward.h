@@ -29,7 +29,9 @@ struct RowStep {
   double rho;       // rho'
   double factor;    // of dy in e
 
-  // inner = <G, u>, square = |G|^2
+  WN_INLINE bool norm_known() const { return ::fabs(n) <= limits<double>::largest; }
+
+  // inner = <G, u>, square = |G|^2, infinite or not a number where it left the range
   static WN_INLINE RowStep of(const RowState& state, int64_t row, double inner, double square) {
     const double rho = state.rho[row], n = state.norm[row], r = state.radius[row];
     RowStep x{0, n, n, 1, rho, 0};
@@ -40,7 +42,8 @@ struct RowStep {
             ? r
             : r - state.radius_lr * ((state.kind == Kind::ewn ? s * p : p) + state.radius_weight_decay * r);
     const double kept = 1 - state.lr * state.weight_decay, rate = state.lr * k;
-    const double perp = rate * ::sqrt(::fmax(0.0, square - p * p));
+    const double rest = square - p * p, tangential = rest <= 0 ? 0 : rest > 0 ? ::sqrt(rest) : INFINITY;  // |G - p v/n|
+    const double perp = rate * tangential;
     state.radius[row] = r_new;
     x.s = signed_radius(state.kind, r_new);
     x.along = kept * n;
@@ -55,7 +58,7 @@ struct RowStep {
       double* const t = state.telemetry + 5 * row;
       t[0] = x.s;
       t[2] = p;
-      t[3] = ::sqrt(::fmax(0.0, square - p * p));
+      t[3] = tangential;
       t[4] = ::atan2(::fabs(perp), x.along);
     }
     return x;
@@ -64,7 +67,7 @@ struct RowStep {
   // length = |u'| where it was measured, or negative. Returns the new scale.
   WN_INLINE double finish(const RowState& state, int64_t row, double length) const {
     if (state.rho[row] == 0) return 0;
-    const double free = ::fabs(n) <= limits<double>::largest ? n : ::fabs(rho) * length;
+    const double free = norm_known() ? n : ::fabs(rho) * length;
     const double n_new = state.keep_norm ? state.norm[row] : free;
     const double u = length >= 0 ? length : free / ::fabs(rho);
     const bool lost = !(u > 0) || n_new == 0;

@@ -9,7 +9,7 @@ from test_functional import KINDS, PAIRS, SHAPES, draw, leaves, oracle, unit_rou
 from wnkernels import foreach_weight_norm
 from wnkernels import functional as wF
 from wnkernels import nn as wn
-from wnkernels.optim import PolarAdamW, PolarSGD, polar_groups
+from wnkernels.optim import PolarAdamW, PolarSGD, in_backward, polar_groups
 
 pytestmark = pytest.mark.cuda
 
@@ -251,3 +251,120 @@ def test_devices_of_numbers(cuda):
     wF.polar_sgd_([w], [w.clone()], [r], [r.clone()], lr=torch.tensor(0.1), **arguments)  # 0-d on the CPU: a number
     with pytest.raises(RuntimeError, match="lr must be a number, or on the weight's device"):
         wF.polar_sgd_([w], [w.clone()], [r], [r.clone()], lr=torch.full((3,), 0.1), **arguments)
+
+
+# ---- steps inside the backward: the same on the CPU, which tests/test_in_backward.py holds against the optimizer ------
+
+IN_BACKWARD = [("swn", dict(lr=0.3)), ("ewn", dict(lr=0.2, weight_decay=0.1, radius_lr_ratio=0.3)),
+               ("unit", dict(lr=0.2)), ("swn", dict(lr=0.2, retraction="renormalize")), (None, dict(lr=0.05))]
+
+
+def inside_on(device, kind, options, dtype, widths=(70, 130, 33), telemetry=False):
+    """A model that steps inside its backward, and its optimizer."""
+    torch.manual_seed(6)
+    model = torch.nn.Sequential(*(m for a, b in zip(widths, widths[1:]) for m in (torch.nn.Linear(a, b), torch.nn.Tanh())))
+    model = model.to(device, dtype)
+    groups = polar_groups(model, kind, telemetry=telemetry) if kind else model.parameters()
+    optimizer = PolarSGD(groups, **options, **({} if kind else {"kind": None}))
+    in_backward(model, optimizer)
+    return model, optimizer
+
+
+def train_inside(model, optimizer, x):
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def assert_same_weights(model, other, tolerance):
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p.detach().cpu(), q.detach().cpu(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind, options", IN_BACKWARD, ids=str)
+@pytest.mark.parametrize("batch", [1, 16, 100, 3000])  # |G|^2 by the Gram matrix or not, and sums over pieces of the batch
+def test_in_backward_on_both_devices(cuda, batch, kind, options, dtype):
+    (model, optimizer), (other, on_cpu) = (inside_on(device, kind, options, dtype) for device in (cuda, "cpu"))
+    assert type(model[0]).__name__ == "_Linear"
+    for _ in range(20):
+        x = torch.randn(batch, 70, dtype=dtype)
+        train_inside(model, optimizer, x.to(cuda))
+        train_inside(other, on_cpu, x)
+        assert all(p.grad is None for p in model.parameters())
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    assert_same_weights(model, other, tolerance)
+    for state, wanted in zip(optimizer.state.values(), on_cpu.state.values()):
+        for name, value in wanted.items():
+            torch.testing.assert_close(state[name].cpu(), value, rtol=tolerance, atol=tolerance)
+
+
+def test_in_backward_repeats_its_bits_and_its_telemetry(cuda):
+    results = []
+    for _ in range(2):
+        model, optimizer = inside_on(cuda, "swn", dict(lr=0.3), torch.float32, (300, 520, 40), telemetry=True)
+        torch.manual_seed(8)
+        for _ in range(5):
+            train_inside(model, optimizer, torch.randn(2000, 300, device=cuda))
+        results.append([*model.parameters(), *(v for values in optimizer.telemetry().values() for v in values.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_in_backward_under_autocast(cuda):
+    (model, optimizer), (other, on_cpu) = (inside_on(device, "swn", dict(lr=0.1), torch.float32) for device in (cuda, "cpu"))
+    for _ in range(10):
+        x = torch.randn(16, 70)
+        for m, o, device in ((model, optimizer, "cuda"), (other, on_cpu, "cpu")):
+            with torch.autocast(device, torch.bfloat16):
+                loss = m(x.to(device)).float().square().mean()
+            loss.backward()
+            o.step()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert_same_weights(model, other, 1e-2)
+
+
+@pytest.mark.parametrize("batch", [16, 3000])
+@pytest.mark.parametrize("kind, options", IN_BACKWARD, ids=str)
+def test_in_backward_does_not_wait_for_the_device(cuda, batch, kind, options):
+    model, optimizer = inside_on(cuda, kind, options, torch.float32)
+    x = torch.randn(batch, 70, device=cuda)
+    for _ in range(2):
+        train_inside(model, optimizer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_inside(model, optimizer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind, options", IN_BACKWARD, ids=str)
+def test_in_backward_in_a_captured_training_step(cuda, kind, options):
+    """Replays go on as eager steps do, and weights that are read in between are true."""
+    inputs = torch.randn(12, 8, 70, device=cuda, dtype=torch.float64)
+    (model, optimizer), (eager, eager_optimizer) = (inside_on(cuda, kind, options, torch.float64) for _ in range(2))
+    x = inputs[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            x.copy_(inputs[i])
+            train_inside(model, optimizer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train_inside(model, optimizer, x)
+    for i in range(12):
+        train_inside(eager, eager_optimizer, inputs[i])
+        if i >= 3:
+            x.copy_(inputs[i])
+            graph.replay()
+        if i in (5, 6, 9):
+            assert_same_weights(model, eager, 1e-10)
+    assert_same_weights(model, eager, 1e-10)
+
+
+def test_in_backward_a_rate_on_the_device_goes_by_the_gradient(cuda):
+    lr = torch.tensor(0.1, device=cuda)
+    model, optimizer = inside_on(cuda, "swn", dict(lr=lr), torch.float32)
+    assert type(model[0]) is torch.nn.Linear
+    train_inside(model, optimizer, torch.randn(4, 70, device=cuda))
+    assert all(p.grad is None for p in model.parameters())

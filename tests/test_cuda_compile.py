@@ -55,7 +55,8 @@ def test_no_spills(source, folder):
     messages, _ = compiled(source, folder)
     properties = re.findall(r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, "
                             r"(\d+) bytes spill loads", messages)
-    assert len(properties) >= 10 * len(ARCHS), f"too few kernels were found:\n{messages}"
+    fewest = 3 * 2 if source.stem == "in_backward_rows" else 10  # three kernels of two types
+    assert len(properties) >= fewest * len(ARCHS), f"too few kernels were found:\n{messages}"
     kernels = set(re.findall(r"Compiling entry function '(\S+)'", messages))
     for name, frame, *spills in properties:
         if name in kernels or "pass_over" in name:

@@ -496,10 +496,11 @@ def test_sanitizers(tmp_path):
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
-        "columns, shared", "columns, split: outputs", "columns, split: sums", "columns, streamed", "rows, registers",
-        "rows, shared", "rows, split: outputs", "rows, split: sums", "rows, streamed", "split: coefficients", "steps",
-        "steps, big blocks", "steps, clusters", "steps, split: coefficients", "steps, split: outputs",
-        "steps, split: residuals", "steps, split: sums"]
+        "columns, shared", "columns, split: outputs", "columns, split: sums", "columns, streamed",
+        "in backward, split: outputs", "in backward, split: rows", "in backward, split: sums", "in backward: finish",
+        "in backward: fold", "in backward: rows", "rows, registers", "rows, shared", "rows, split: outputs",
+        "rows, split: sums", "rows, streamed", "split: coefficients", "steps", "steps, big blocks", "steps, clusters",
+        "steps, split: coefficients", "steps, split: outputs", "steps, split: residuals", "steps, split: sums"]
     run = subprocess.run([program, "beyond"], capture_output=True, text=True)
     assert run.returncode != 0 and "AddressSanitizer" in run.stderr, "an element too many went unnoticed"
 

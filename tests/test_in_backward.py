@@ -444,6 +444,22 @@ def test_bad_arguments_are_named_and_nothing_is_written(changes, error, words):
             assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("size", [1e19, 1e25])
+def test_a_gradient_whose_square_leaves_float32_is_measured(size):
+    """x x^T is infinite then, and x x^T dy not even a number."""
+    u, radius = torch.randn(20, 9), torch.ones(20).double()
+    x, dy = size * torch.randn(4, 9), torch.randn(4, 20)
+    norm = u.double().norm(dim=1)
+    numbers = [1e-3, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert ((x @ x.t()) @ dy).isnan().any()
+    w, G = u.double() / norm.unsqueeze(1), dy.double().t() @ x.double()
+    expected = reference.polar_sgd_step(w, G, radius, norm, kind="swn", lr=1e-3, radius_lr=0.0)
+    scale, rho, norm, radius = (1 / norm).float(), torch.ones(20).double(), norm.clone(), radius.clone()
+    _C.in_backward_sgd_(dy, x, None, u, scale, rho, radius, norm, None, None, "swn", numbers, False, False, False, False)
+    torch.testing.assert_close(norm, expected.norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scale.double().unsqueeze(1) * u.double(), expected.weight, rtol=1e-4, atol=1e-5)
+
+
 def test_opcheck():
     given = arguments()
     torch.library.opcheck(torch.ops.wnkernels.in_backward_sgd_.default, tuple(given.values()))
@@ -745,6 +761,52 @@ def test_a_compiled_model_trains_the_same():
         step(*plain, x, y)
         step(compiled, inside[1], x, y)
     assert distance(plain[0], inside[0]) < 1e-12
+
+
+def test_replays_that_the_host_does_not_see():
+    """What a CUDA graph of a step leaves to the layer, whose own code does not run again."""
+    plain, inside, handle = twins(mlp(5, 6), "ewn", lr=0.5)
+    (model, optimizer), layer = inside, layer_state(inside[0][0])
+    batches = [batch_for(model, 3) for _ in range(40)]
+    step(model, optimizer, *batches[0])
+    layer._capture()
+    state, bias = optimizer.state[layer.weight], dict(model.named_parameters(remove_duplicate=False))["0.bias"]
+    buffers = layer.weight, layer.scale, layer.rho, state["radius"], state["norm"], bias
+
+    @torch.no_grad()
+    def replay(x, y):
+        out, z = _C.in_backward_linear(x, layer.weight, layer.scale, bias, True)
+        before = [t._version for t in buffers]
+        _C.in_backward_sgd_(2 * (out - y) / y.numel(), x, z, *buffers, None, "ewn", [0.5, 0.5, 0.0, 0.0, 0.05, 0.0], False,
+                            False, True, False)
+        for t, version in zip(buffers, before):
+            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
+
+    def agree():
+        assert distance(plain[0], model) < 1e-12
+
+    for i, (x, y) in enumerate(batches):
+        step(*plain, x, y)
+        if i > 0:
+            replay(x, y) if i % 4 else step(model, optimizer, x, y)  # eager ones in between
+        if i % 3 == 2:
+            agree()
+            agree()
+        if i == 20:
+            optimizer.snapshot()
+    assert layer.scale is buffers[1] and layer.rho is buffers[2]
+    agree()
+    with torch.no_grad():
+        for m in (model, plain[0]):
+            m[0].weight[2].mul_(3)
+    step(*plain, *batches[0])
+    step(model, optimizer, *batches[0])
+    agree()
+    replay(*batches[0])
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="held it up to a factor"):
+        model(batches[0][0])
 
 
 # ---------------------------------------------------------------------------------------------------------- autocast

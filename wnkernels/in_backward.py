@@ -8,12 +8,12 @@
     inside.remove()
 
 - A ``Linear`` layer under PolarSGD without momentum never has a gradient of its weight: the step is one
-  in-place product of the gradient of its output and its input (csrc/in_backward.cpp). Per step the weight is
-  read twice and written once, where plain SGD needs six passes; batches over 512 read it once more. In float64
-  the weights are those of PolarSGD. Layers that PolarSGD takes as plain (``kind=None``) are stepped by the
-  same product.
-- Everything else (convolutions, embeddings, momentum, Adam, tied or 16-bit weights, rates for each row) has
-  its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
+  in-place product of the gradient of its output and its input (csrc/in_backward.cpp), on CPUs and on CUDA devices,
+  which the host never waits for. Per step the weight is read three times and written once, where plain SGD needs
+  six passes; batches up to 512 on a CPU read it only twice. In float64 the weights are those of PolarSGD. Layers that
+  PolarSGD takes as plain (``kind=None``) are stepped by the same product.
+- Everything else (convolutions, embeddings, momentum, Adam, tied or 16-bit weights, rates for each row or on a CUDA
+  device) has its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
 
 One backward is one step, and `optimizer.step()` must follow it: a second backward before that is refused,
 since gradient accumulation would have to wait for the sum. So are, where they can be seen, other things that
@@ -31,6 +31,11 @@ written back at that moment; so do the optimizer's methods. That is a pass over 
 ``model.zero_grad()`` out: there is nothing to reset. A parameter that was kept in a variable is true after
 ``inside.fold()``; an edit of it before that is refused in the next forward. ``copy.deepcopy`` and pickles of
 the model are plain.
+
+Forward, backward and ``optimizer.step()`` can be captured in a CUDA graph, after two steps without it. Its replays
+take the rates that the capture saw. Between them the weights may be read through the modules; after they are
+written, or the optimizer's state is, the graph must be captured again. A graph measures the length of the rows in
+every step, one more pass over the weight.
 """
 
 from collections import ChainMap
@@ -131,7 +136,8 @@ class InBackward:
             module = modules[0]
             if p not in self.tied and type(module) is nn.Linear and p is module.weight and p in self.places:
                 stepped = isinstance(self.optimizer, optim.PolarSGD) and _is_linear_step(self.group(p))
-                supported = p.dtype in (torch.float32, torch.float64) and p.is_cpu and p.is_contiguous()
+                supported = p.dtype in (torch.float32, torch.float64) and p.is_contiguous()
+                supported = supported and (p.is_cpu or p.is_cuda and bool(_C.build_info["cuda"]))
                 if stepped and supported and p.numel():
                     found[p] = module
         return found
@@ -187,11 +193,11 @@ def _refuse_processes() -> None:
 
 
 def _is_linear_step(group: dict) -> bool:
-    """Whether the step is linear in the gradient, up to factors of rows."""
+    """Whether the step is linear in the gradient, up to factors of rows, by numbers that the host has."""
     if group["kind"] is not None and (group["dim"] not in (0, -2) or group["retraction"] == "geodesic"):
         return False
     return group["momentum"] == 0 and not any(
-        isinstance(group[option], Tensor) and group[option].numel() != 1
+        isinstance(group[option], Tensor) and (group[option].numel() != 1 or not group[option].is_cpu)
         for option in ("lr", "weight_decay", "radius_weight_decay", "radius_lr_ratio")
     )
 
@@ -262,7 +268,8 @@ class _Layer:
         self.inside, self.module, self.weight = inside, module, module.weight
         self.kind = inside.group(self.weight)["kind"]
         self.scale = self.rho = self.mark = None
-        self.folded = True  # the parameter holds the true weight
+        self.folded = True  # the parameter holds the true weight, as far as the host knows
+        self.captured = False  # a CUDA graph may write the weight: see `_capture`
         self.stale = True  # the optimizer's state may have changed
         self.version = 0  # counts the values that the weight has had
         self.uses = 0  # of this version, by forwards that may still come to their backward
@@ -285,11 +292,10 @@ class _Layer:
     @torch.no_grad()
     def fold(self) -> None:
         """Writes the true weight into the parameter."""
-        if self.folded:
+        if self.folded or self._written():
             return
-        self._check_unfolded()
         self.weight.mul_(self.scale.unsqueeze(1))
-        self.folded = True
+        self.folded = not self.captured
         self.follow()
 
     def follow(self) -> None:
@@ -310,24 +316,36 @@ class _Layer:
     def _reread(self) -> None:
         """Takes the weight and the optimizer's state as they are now."""
         weight = self.weight
-        if self.mark != optim._mark(weight):
-            self._check_unfolded()
+        if self._written():
             self.advance()
+        else:
+            self.fold()
         if self.kind is not None:
             group, index = self.inside.group(weight), self.inside.places[weight][1]
             state = self.inside.optimizer._ready(group, index)
             state["radius"].copy_(optim._current_radius(state, weight, group)[0])
-            self.rho = torch.empty_like(state["radius"])
-            self.scale = weight.new_empty(len(weight))
+            if self.scale is None or (self.scale.dtype, self.scale.device) != (weight.dtype, weight.device):
+                self.rho = torch.empty_like(state["radius"])
+                self.scale = weight.new_empty(len(weight))
         self.follow()
         self.stale = False
 
-    def _check_unfolded(self) -> None:
-        if not self.folded and self.mark != optim._mark(self.weight):
+    def _capture(self) -> None:
+        """A graph is made of this step. The host does not see its replays, so from now on the weight is never known to be
+        folded, and folding it once more does no harm: then its scale is 1."""
+        if self.kind is not None:
+            self.captured, self.folded = True, False
+
+    def _written(self) -> bool:
+        """Whether somebody else has written the weight. Raises: RuntimeError where it was not the true one."""
+        if self.mark == optim._mark(self.weight):
+            return False
+        if not (self.folded or self.captured and bool((self.scale == 1).all())):
             raise RuntimeError(
                 f"parameter {self.inside.name(self.weight)!r} was written while its layer held it up to a factor for "
                 "each row: get it from the module (layer.weight), or fold() what in_backward gave, before editing it"
             )
+        return True
 
     # --------------------------------------------------------------------------------------------------------- forward
 
@@ -338,6 +356,8 @@ class _Layer:
         bias = raw("bias")
         if self.stale or weight._version != self.mark[0] or weight.data_ptr() != self.mark[1]:
             self._reread()
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._capture()
         if torch.is_grad_enabled():
             _refuse_processes()
             return _Step.apply(x, weight, bias, self)
@@ -399,16 +419,17 @@ class _Layer:
                    float(group["radius_weight_decay"])]
         numbers += [float(bias_group["lr"]), float(bias_group["weight_decay"])] if stepped_bias else [0.0, 0.0]
         rows = None, None, None, None
-        telemetry = None
+        telemetry, refresh = None, False
         if self.kind is not None:
             state = inside.optimizer.state[weight]
             rows = self.scale, self.rho, state["radius"], state["norm"]
             if group["telemetry"]:
                 telemetry = inside.optimizer._telemetry_of(weight)
             self.refresh = (self.refresh + 1) % REFRESH
+            refresh = self.refresh == 0 or weight.is_cuda and torch.cuda.is_current_stream_capturing()
         result = _C.in_backward_sgd_(
             dy, x, saved, weight, *rows, bias if stepped_bias else None, telemetry, self.kind or "swn", numbers,
-            group["maximize"], group["retraction"] == "renormalize", self.refresh == 0, needs[0] and not low,
+            group["maximize"], group["retraction"] == "renormalize", refresh, needs[0] and not low,
         )
         self.folded = self.kind is None
         self.mark = optim._mark(weight)

@@ -74,7 +74,7 @@ struct Plan {
   int tile_rows, tile_threads;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+WN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t power_of_two_from(int64_t x) {
   int64_t p = 1;
   while (p < x) p *= 2;

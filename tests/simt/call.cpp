@@ -1,5 +1,6 @@
 #include "call.h"
 
+#include "cuda/in_backward_rows.h"
 #include "kernels.h"
 
 #include <memory>
@@ -115,7 +116,40 @@ template <bool amsgrad> void run_adam(const StepCall& call) {
   });
 }
 
+void run_in_backward(const InBackwardCall& call) {
+  wn::cuda::RowsInBackward rows{};
+  rows.state = {call.rho, call.radius, call.norm, call.telemetry, static_cast<wn::Kind>(call.kind), call.keep_norm != 0,
+                call.one_column != 0, call.lr, call.radius_lr, call.weight_decay, call.radius_weight_decay};
+  rows.type = static_cast<wn::DType>(call.type);
+  rows.batch = call.batch, rows.rows = call.rows, rows.width = call.width;
+  rows.dy = call.dy, rows.z = call.z, rows.of_x = call.of_x, rows.of_weight = call.of_weight;
+  rows.weight = call.weight, rows.scale = call.scale, rows.bias = call.bias, rows.scratch = call.scratch;
+  rows.bias_lr = call.bias_lr, rows.bias_weight_decay = call.bias_weight_decay, rows.sign = call.sign;
+  rows.known = call.known;
+  if (call.stage == prepare) return wn::cuda::prepare(rows, nullptr);
+  if (call.stage == fold) return wn::cuda::fold(rows, nullptr);
+  if (call.measured) {
+    const wn::RowNorm norm{{wn::cuda::lengths(rows), wn::DType::f64}};
+    const wn::Problem<wn::RowNorm> problem{norm, {1, rows.rows, rows.width}, {rows.weight}, {rows.type}, {}, {}};
+    wn::cuda::run(problem, nullptr);
+  }
+  wn::cuda::finish(rows, call.measured, nullptr);
+}
+
 }  // namespace
+
+extern "C" int64_t simt_in_backward_scratch(int64_t batch, int64_t rows) { return wn::cuda::scratch_bytes(batch, rows); }
+
+extern "C" const char* simt_in_backward(const InBackwardCall* call) {
+  static std::string error;
+  error.clear();
+  try {
+    run_in_backward(*call);
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  return error.c_str();
+}
 
 extern "C" const char* simt_list(const Call* calls, int count) {
   static std::string error;

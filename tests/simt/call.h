@@ -32,10 +32,22 @@ struct StepCall {
 };
 enum StepName { sgd, sgd_momentum, adam, adam_amsgrad };
 
+// A stage of a step inside the backward of a linear layer; `measured`: finish knows the lengths of all rows from row_norm.
+struct InBackwardCall {
+  int32_t stage, type, kind, keep_norm, one_column, known, measured;
+  int64_t batch, rows, width;
+  double lr, radius_lr, weight_decay, radius_weight_decay, bias_lr, bias_weight_decay, sign;
+  double *rho, *radius, *norm, *telemetry;
+  void *dy, *z, *of_x, *of_weight, *weight, *scale, *bias, *scratch;
+};
+enum StageName { prepare, fold, finish };
+
 // Returns what went wrong, or an empty string.
 extern "C" const char* simt_call(const Call* call);
 // forward or backward of many weights of the same types
 extern "C" const char* simt_list(const Call* calls, int count);
 extern "C" const char* simt_steps(const StepCall* call);
+extern "C" const char* simt_in_backward(const InBackwardCall* call);
+extern "C" int64_t simt_in_backward_scratch(int64_t batch, int64_t rows);  // bytes
 extern "C" void simt_device(int multiprocessors, int capability, int64_t shared_bytes, int64_t blocks);
 extern "C" const char* simt_log();

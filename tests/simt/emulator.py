@@ -91,12 +91,26 @@ class StepCall(ctypes.Structure):
                 + [("skip", ctypes.c_void_p), ("weights", ctypes.POINTER(StepWeight))])
 
 
+IN_BACKWARD_STAGES = ["prepare", "fold", "finish"]
+
+
+class InBackwardCall(ctypes.Structure):
+    _fields_ = ([(name, ctypes.c_int32) for name in ["stage", "type", "kind", "keep_norm", "one_column", "known", "measured"]]
+                + [(name, ctypes.c_int64) for name in ["batch", "rows", "width"]]
+                + [(name, ctypes.c_double) for name in ["lr", "radius_lr", "weight_decay", "radius_weight_decay", "bias_lr",
+                                                        "bias_weight_decay", "sign"]]
+                + [(name, ctypes.c_void_p) for name in ["rho", "radius", "norm", "telemetry", "dy", "z", "of_x", "of_weight",
+                                                        "weight", "scale", "bias", "scratch"]])
+
+
 class Emulator:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.simt_call.restype = ctypes.c_char_p
         self.library.simt_list.restype = ctypes.c_char_p
         self.library.simt_steps.restype = ctypes.c_char_p
+        self.library.simt_in_backward.restype = ctypes.c_char_p
+        self.library.simt_in_backward_scratch.restype = ctypes.c_int64
         self.library.simt_log.restype = ctypes.c_char_p
         self.library.simt_fault.restype = ctypes.c_char_p
 
@@ -142,6 +156,18 @@ class Emulator:
                     setattr(entry, name, weight[name].data_ptr())
         call.weights = table
         return self._run(self.library.simt_steps, ctypes.byref(call))
+
+    def in_backward_scratch(self, batch, rows):
+        """Bytes of scratch memory of a step inside the backward."""
+        return self.library.simt_in_backward_scratch(ctypes.c_int64(batch), ctypes.c_int64(rows))
+
+    def in_backward(self, stage, dy, weight, kind="swn", **values):
+        """Runs a stage of a step inside the backward: numbers, flags and tensors by their names in call.h."""
+        call = InBackwardCall(IN_BACKWARD_STAGES.index(stage), DTYPES.index(weight.dtype), STEP_KINDS.index(kind),
+                              batch=len(dy), rows=len(weight), width=weight.shape[1], one_column=weight.shape[1] == 1)
+        for name, value in {"dy": dy, "weight": weight, **values}.items():
+            setattr(call, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+        return self._run(self.library.simt_in_backward, ctypes.byref(call))
 
     def _run(self, function, *arguments):
         self.library.simt_log()

@@ -1,5 +1,6 @@
 // A program to be built with sanitizers: every path on heap blocks of exactly the size of the tensors.
 // With the argument "beyond" the output lacks its last element, which the sanitizer has to find.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -82,6 +83,32 @@ std::string take_step(int formula, DType weight_type, DType gradient_type, const
   return simt_steps(&call);
 }
 
+// A step inside the backward, likewise.
+std::string step_in_backward(DType type, const Device& device, int64_t batch, int64_t rows, int64_t width, bool beyond) {
+  std::vector<Tensor> kept;
+  const auto make = [&](int64_t length, DType of) {
+    kept.emplace_back(length, of);
+    return static_cast<void*>(kept.back().memory.get());
+  };
+  const auto numbers = [&](int64_t length) { return static_cast<double*>(make(length, DType::f64)); };
+  InBackwardCall call{};
+  call.type = static_cast<int>(type);
+  call.known = call.sign = 1, call.lr = call.radius_lr = call.bias_lr = 0.01;
+  call.batch = batch, call.rows = rows, call.width = width;
+  call.rho = numbers(rows), call.radius = numbers(rows), call.norm = numbers(rows), call.telemetry = numbers(5 * rows);
+  for (int64_t u = 0; u < rows; ++u) call.norm[u] = std::abs(call.norm[u]);
+  call.dy = make(batch * rows, type), call.z = make(batch * rows, type), call.of_x = make(batch * rows, type);
+  call.of_weight = make(batch * rows - beyond, type), call.weight = make(rows * width, type);
+  call.scale = make(rows, type), call.bias = make(rows, type);
+  simt_device(device.multiprocessors, device.capability, device.shared_bytes, 2147483647);
+  call.scratch = make(simt_in_backward_scratch(batch, rows) / sizeof(double), DType::f64);
+  for (call.stage = prepare; call.stage <= finish; ++call.stage) {
+    const std::string error = simt_in_backward(&call);
+    if (!error.empty()) return error;
+  }
+  return "";
+}
+
 void note_paths(std::set<std::string>& paths) {
   const std::string log = simt_log();
   for (std::size_t begin = 0; begin < log.size(); begin = log.find('\n', begin) + 1)
@@ -130,6 +157,15 @@ int main(int count, char** arguments) {
     for (int formula = sgd; formula <= adam_amsgrad; ++formula) {
       const auto& [weight_type, gradient_type] = types[number++ % 3];
       const std::string error = take_step(formula, weight_type, gradient_type, shape, beyond);
+      if (!error.empty()) {
+        std::fprintf(stderr, "%s\n", error.c_str());
+        return 1;
+      }
+      note_paths(paths);
+    }
+  for (const DType type : {DType::f32, DType::f64})
+    for (const int64_t batch : {1, 9, 1030}) {
+      const std::string error = step_in_backward(type, plain, batch, 35, 7, beyond);
       if (!error.empty()) {
         std::fprintf(stderr, "%s\n", error.c_str());
         return 1;
