@@ -128,17 +128,19 @@ def grow(
     weight, moved, first = descent.weight(), np.zeros(len(time)), descent.weight(0)
     for step in range(max_steps):
         if not np.isnan(time).any():
-            return Grown(time, weight, moved)
+            break
         descent.step()
         after = descent.norms()
         for i in np.flatnonzero(np.isnan(time) & (after >= threshold)):
-            part = math.log(threshold[i] / before[i]) / math.log(after[i] / before[i])
-            time[i] = lr * (step + part)
+            share = math.log(threshold[i] / before[i]) / math.log(after[i] / before[i])  # of the step
+            time[i] = lr * (step + share)
             weight[i], moved[i] = descent.weight()[i], np.linalg.norm(descent.weight(0)[i] - first[i])
         before = after
-    raise RuntimeError(
-        f"{np.isnan(time).sum()} of {len(time)} networks have not reached their norm in {max_steps} steps"
-    )
+    if missing := np.isnan(time).sum():
+        raise RuntimeError(
+            f"{missing} of {len(time)} networks have not reached their norm in {max_steps} steps"
+        )
+    return Grown(time, weight, moved)
 
 
 def _stack(tasks: Sequence[Task], copies: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +172,8 @@ def escape(
 
 def wide(
     neurons: int, features: int, inputs: int, deltas: Sequence[float], *, backend: str, device: str, bar=iter
-) -> tuple[float, float]:
-    """(slope of the escape time over log(1/delta), 1/(2 N*)) of a wide network for inputs on a sphere.
+) -> tuple[list[float], float]:
+    """Escape times, by delta, and N* of a wide network for inputs on a sphere.
 
     The labels are those of `task`, times the dimension: of order one.
     """
@@ -185,7 +187,7 @@ def wide(
     how = {"backend": backend, "device": device, "lr": 0.01 / best}
     radius = [RADIUS / math.sqrt(features)]
     times = [grow(X[None], y[None], [delta * weight], radius, **how).time.item() for delta in bar(deltas)]
-    return float(np.polyfit(np.log(1 / np.array(deltas)), times, 1)[0]), theory.escape_time(math.e, 1.0, best)
+    return times, best
 
 
 @dataclass(frozen=True)
@@ -209,16 +211,17 @@ def full_run(
     """The experiment of the paper: descent from weights of that standard deviation."""
     tasks = [task(seed) for seed in seeds]
     descent = Descent(*_stack(tasks, 1), [np.stack([std * t.weight for t in tasks])], LR, backend)
-    losses, snapshots, known = [], [], np.zeros(len(tasks), bool)
+    losses, snapshots = [], []
     passed, passed_loss = descent.weight(), np.full(len(tasks), np.nan)
     for step in bar(range(steps + 1)):
         if step % every == 0:
             snapshots.append(descent.weight())
-        new = np.zeros(len(tasks), bool) if known.all() else ~known & (descent.norms() >= RADIUS)
+        inside = np.isnan(passed_loss)
+        new = inside & (descent.norms() >= RADIUS) if inside.any() else inside
         if new.any():
             passed[new] = descent.weight()[new]
         losses.append(descent.step().numpy())
-        passed_loss[new], known = losses[-1][new], known | new
+        passed_loss[new] = losses[-1][new]
     W = np.stack(snapshots)
     return Trajectory(
         np.stack(losses), np.arange(0, steps + 1, every), np.linalg.norm(W, axis=(2, 3)),
@@ -246,10 +249,14 @@ def _list(values, form: str = ".3g") -> str:
     return " ".join(f"{x:{form}}" for x in values)
 
 
+def _aligned(delta: float) -> float:
+    """A norm between delta and 1: that at which the direction is looked at."""
+    return 0.3 * math.sqrt(delta)
+
+
 def _slopes(deltas: Sequence[float], time: np.ndarray, values: Sequence[float]) -> np.ndarray:
-    """d time/d log(1/delta) of each seed over its prediction 1/(2 N)."""
-    fitted = np.polyfit(np.log(1 / np.array(deltas)), time.T, 1)[0]
-    return fitted / np.array([theory.escape_time(math.e, 1.0, value) for value in values])
+    """d time/d log(1/delta), for time (seeds, deltas), over its prediction 1/(2 N) of each seed."""
+    return 2 * np.array(values) * np.polyfit(np.log(1 / np.array(deltas)), np.transpose(time), 1)[0]
 
 
 def claims(options: Options):
@@ -263,22 +270,23 @@ def claims(options: Options):
         slopes = _slopes(ESCAPE, run.value.time, values)
         yield Claim(
             "P2-1", f"escape time over log(1/delta), delta = 1e-4..1e-10, over 1/(2 N*), {seeds}", "1",
-            _list(slopes, ".4f"), "within 1%", bool((abs(slopes - 1) <= 0.01).all()),
+            _list(slopes, ".4f"), "within 1%", (abs(slopes - 1) <= 0.01).all(),
             run.seconds, run.torch_seconds,
         )
 
     if options.full and options.wants("P2-1"):
         sizes = (100_000, 1000, 4000) if options.device.startswith("cuda") else (500, 20, 400)
-        how = {"device": options.device, "bar": lambda items: options.bar(items, "wide")}
-        run = options.measure(wide, *sizes, (1e-4, 1e-7, 1e-10), **how)
-        ratio = run.value[0] / run.value[1]
+        deltas, bar = (1e-4, 1e-7, 1e-10), lambda items: options.bar(items, "wide")
+        run = options.measure(wide, *sizes, deltas, device=options.device, bar=bar)
+        times, best = run.value
+        (ratio,) = _slopes(deltas, [times], [best])
         yield Claim(
             "P2-1 wide", "the same of {} neurons in {} dimensions, for {} inputs".format(*sizes), "1", ratio,
             "within 1%", abs(ratio - 1) <= 0.01, run.seconds, run.torch_seconds,
         )
 
     if options.wants("P2-2"):
-        run = options.measure(escape, SEEDS, ALIGN, lambda delta: 0.3 * math.sqrt(delta))
+        run = options.measure(escape, SEEDS, ALIGN, _aligned)
         residuals, shares = [], []
         for t, weights in zip(tasks, run.value.weight):
             residuals.append([theory.kkt_residual(w, t.X, t.y) for w in weights])
@@ -292,7 +300,7 @@ def claims(options: Options):
             "to 0",
             f"{'; '.join(f'{line[0]:.2g} to {line[-1]:.2g}' for line in residuals)}; "
             f"N(u)/N* {_list(shares, '.4f')}",
-            "decreasing; at 1e-8 <= .05 and N(u)/N* >= .99", bool(good), run.seconds, run.torch_seconds,
+            "decreasing; at 1e-8 <= .05 and N(u)/N* >= .99", good, run.seconds, run.torch_seconds,
         )
 
     if options.wants("P2-3", "P2-6"):
@@ -308,7 +316,7 @@ def claims(options: Options):
             yield Claim(
                 "P2-3", f"angle to the nearest KKT direction, by |w|^2, at |W| = .1 from std 1e-4, {seeds}",
                 "0 deg", f"{_list(angles)} deg; loss over the first {_list(shares, '.4f')}", "<= 3 deg",
-                bool((angles <= 3).all()), run.seconds, run.torch_seconds,
+                (angles <= 3).all(), run.seconds, run.torch_seconds,
             )
         if options.wants("P2-6"):
             found, final = [drops(loss) for loss in path.loss.T], path.loss[-1]
@@ -318,7 +326,7 @@ def claims(options: Options):
                 "0; 2 drops",
                 f"{_list(final)}; {_list((len(at) for at, _ in found), 'd')} drops, between them the loss is"
                 f" {_list(loss for _, loss in found)} (at the saddles {_list(levels)})",
-                "<= 1e-5; 2 drops", bool((final <= 1e-5).all() and all(len(at) == 2 for at, _ in found)),
+                "<= 1e-5; 2 drops", (final <= 1e-5).all() and all(len(at) == 2 for at, _ in found),
                 run.seconds, run.torch_seconds,
             )
 
@@ -333,18 +341,18 @@ def claims(options: Options):
 
     if options.wants("P2-4", "P2-5"):
         saddles = [at_saddle(t) for t in tasks]
-        values = [theory.ncf_maximum(t.X, rest).value for t, (_, rest) in zip(tasks, saddles)]
         if options.wants("P2-4"):
+            values = [theory.ncf_maximum(t.X, rest).value for t, (_, rest) in zip(tasks, saddles)]
             run = options.measure(escape, SEEDS, ESCAPE, lambda _: RADIUS, saddle=True)
             options.results["saddle"] = {"delta": ESCAPE, "time": run.value.time, "values": values}
             slopes = _slopes(ESCAPE, run.value.time, values)
             yield Claim(
                 "P2-4", f"from a saddle: escape time as in P2-1, with N* of the residual labels, {seeds}",
-                "1", _list(slopes, ".4f"), "within 1%", bool((abs(slopes - 1) <= 0.01).all()),
+                "1", _list(slopes, ".4f"), "within 1%", (abs(slopes - 1) <= 0.01).all(),
                 run.seconds, run.torch_seconds,
             )
         if options.wants("P2-5"):
-            run = options.measure(escape, SEEDS, (1e-8,), lambda delta: 0.3 * math.sqrt(delta), saddle=True)
+            run = options.measure(escape, SEEDS, (1e-8,), _aligned, saddle=True)
             residuals = np.array([
                 theory.kkt_residual(w[0], t.X, rest)
                 for t, (_, rest), w in zip(tasks, saddles, run.value.weight)
@@ -353,7 +361,7 @@ def claims(options: Options):
             yield Claim(
                 "P2-5", f"from a saddle, delta = 1e-8: KKT residual, and move of the large neuron, {seeds}",
                 "0", f"{_list(residuals)}; |dw_n| {_list(moved, '.1e')}", "<= .02; <= 1e-10",
-                bool((residuals <= 0.02).all() and (moved <= 1e-10).all()), run.seconds, run.torch_seconds,
+                (residuals <= 0.02).all() and (moved <= 1e-10).all(), run.seconds, run.torch_seconds,
             )
 
 
