@@ -18,13 +18,18 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using TensorLists = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
 
+void check_count(const char* name, TensorList list, TensorList v) {
+  TORCH_CHECK_VALUE(list.size() == v.size(), name, " must have one tensor per v (", v.size(), "), got ", list.size());
+}
+
 // How the weights of a list are normalized.
 struct Settings {
   IntArrayRef dims, kinds;
 
-  Settings(size_t weights, IntArrayRef dims, IntArrayRef kinds) : dims(dims), kinds(kinds) {
+  Settings(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds) : dims(dims), kinds(kinds) {
+    check_count("g", g, v);
     const auto check = [&](const char* name, size_t count) {
-      TORCH_CHECK_VALUE(count == weights || count == 1, name, " must have one entry per v (", weights,
+      TORCH_CHECK_VALUE(count == v.size() || count == 1, name, " must have one entry per v (", v.size(),
                         ") or one for all, got ", count);
     };
     check("dims", dims.size());
@@ -40,10 +45,6 @@ struct Settings {
     return k == 0 ? "swn" : "ewn";
   }
 };
-
-void check_count(const char* name, TensorList list, TensorList v) {
-  TORCH_CHECK_VALUE(list.size() == v.size(), name, " must have one tensor per v (", v.size(), "), got ", list.size());
-}
 
 // Problems by what one call of an engine takes: the same device and types.
 template <class Formula> class Groups {
@@ -74,8 +75,7 @@ template <class Formula> class Groups {
 
 std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds,
                                         std::optional<ScalarType> out_dtype) {
-  const Settings settings(v.size(), dims, kinds);
-  check_count("g", g, v);
+  const Settings settings(v, g, dims, kinds);
   std::vector<Tensor> w, kept;  // what the kernels read, until they are done
   w.reserve(v.size());
   kept.reserve(2 * v.size());
@@ -96,8 +96,7 @@ std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef 
 
 TensorLists foreach_weight_norm_backward(TensorList grads, TensorList v, TensorList g, IntArrayRef dims,
                                          IntArrayRef kinds) {
-  const Settings settings(v.size(), dims, kinds);
-  check_count("g", g, v);
+  const Settings settings(v, g, dims, kinds);
   check_count("grads", grads, v);
   std::vector<Tensor> dv, dr, kept;
   dv.reserve(v.size());
@@ -131,8 +130,7 @@ namespace one_by_one {
 
 std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef dims, IntArrayRef kinds,
                                         std::optional<ScalarType> out_dtype) {
-  const Settings settings(v.size(), dims, kinds);
-  check_count("g", g, v);
+  const Settings settings(v, g, dims, kinds);
   std::vector<Tensor> w;
   for (size_t i = 0; i < v.size(); ++i)
     w.push_back(op::weight_norm(v[i], g[i], settings.dim(i), settings.kind(i), out_dtype));
@@ -141,8 +139,7 @@ std::vector<Tensor> foreach_weight_norm(TensorList v, TensorList g, IntArrayRef 
 
 TensorLists foreach_weight_norm_backward(TensorList grads, TensorList v, TensorList g, IntArrayRef dims,
                                          IntArrayRef kinds) {
-  const Settings settings(v.size(), dims, kinds);
-  check_count("g", g, v);
+  const Settings settings(v, g, dims, kinds);
   check_count("grads", grads, v);
   TensorLists gradients;
   for (size_t i = 0; i < v.size(); ++i) {
@@ -186,7 +183,8 @@ struct ForeachWeightNorm : torch::autograd::Function<ForeachWeightNorm> {
     const size_t n = grads.size();
     const auto saved = ctx->get_saved_variables();
     const auto dims = ctx->saved_data["dims"].toIntVector(), kinds = ctx->saved_data["kinds"].toIntVector();
-    const Settings settings(n, dims, kinds);
+    const TensorList weights(saved);
+    const Settings settings(weights.slice(0, n), weights.slice(n), dims, kinds);
     variable_list result(2 * n + 3), G, v, g;
     std::vector<int64_t> used_dims, used_kinds;
     std::vector<size_t> used;
