@@ -144,8 +144,12 @@ def available_bytes(device):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fits(size, device):
-    return size < 0.8 * available_bytes(device)
+def fits(size, device, point):
+    """Whether `size` bytes for this point of a benchmark fit; says so where they do not."""
+    if size < 0.8 * available_bytes(device):
+        return True
+    print(f"skipped, {size / 1e9:.0f} GB do not fit: {point}", file=sys.stderr)
+    return False
 
 
 def _proc(path, key):

@@ -157,10 +157,10 @@ def main(arguments=None):
     points += [(BFLOAT16, max(options.widths), b) for b in options.autocast_batches]
     with harness.Progress(len(points) + 1, "in_backward") as progress:
         for table, width, batch in points:
-            fits = harness.fits(bytes_of(table, width, batch), options.device)
-            if fits:
+            label = f"width {width}, batch {batch}"
+            if harness.fits(bytes_of(table, width, batch), options.device, label):
                 rows += run(table, width, batch, options.seconds, options.device, options.hide_launch)
-            progress.step(f"width {width}, batch {batch}{'' if fits else ': left out, too large for the memory'}")
+            progress.step(label)
         if options.memory_width:
             names = ("plain", "plain, in backward", "SWN, in backward")
             peaks = {name: harness.peak_memory(memory_of, name, options.memory_width, 16, options.device, device=options.device)

@@ -148,11 +148,10 @@ def main(arguments=None):
         for threads, (shape, dtype) in itertools.product(counts, points):
             torch.set_num_threads(threads)
             size = 10 * shape[0] * shape[1] * max(dtype.itemsize, 2) + 2 * harness.cache_bytes(options.device)
-            if harness.fits(size, options.device):
+            label = f"{shape[0]}x{shape[1]} {dtype}, {threads} threads"
+            if harness.fits(size, options.device, label):
                 rows += run(shape, dtype, options)
-            else:
-                print(f"skipped, {size / 1e9:.0f} GB do not fit: {shape}, {dtype}", file=sys.stderr)
-            progress.step(f"{shape[0]}x{shape[1]} {dtype}, {threads} threads")
+            progress.step(label)
     print(f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}\n")
     show(rows)
     for line in missed(rows):

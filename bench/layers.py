@@ -5,8 +5,6 @@ with each of its two paths.
     python -m bench.layers [--quick] [--device cuda]
 """
 
-import sys
-
 import torch
 
 from . import harness, providers, training
@@ -138,11 +136,10 @@ def main(arguments=None):
             width, batch, dtype, device, hidden = point
             # Each provider holds parameters, gradients and a temporary, and its input, output and their gradients.
             size = 10 * dtype.itemsize * (4 * width * width + 4 * batch * width)
-            if harness.fits(size, device):
+            label = f"width {width}, batch {batch}, {mode}"
+            if harness.fits(size, device, label):
                 rows += run(mode, point, options)
-            else:
-                print(f"skipped, {size / 1e9:.0f} GB do not fit: width {width}, batch {batch}", file=sys.stderr)
-            progress.step(f"width {width}, batch {batch}, {mode}")
+            progress.step(label)
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
     show(rows)
     for line in missed(rows):

@@ -91,8 +91,9 @@ def test_progress_in_a_log_is_ten_lines(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 10
 
 
-def test_fits():
-    assert harness.fits(1, "cpu") and not harness.fits(2**60, "cpu")
+def test_fits(capsys):
+    assert harness.fits(1, "cpu", "small") and not harness.fits(2**60, "cpu", "width 2")
+    assert capsys.readouterr().err == "skipped, 1152921505 GB do not fit: width 2\n"
 
 
 @pytest.mark.parametrize("name", providers.linear("cpu", forced=True))

@@ -180,6 +180,21 @@ def test_steps_do_not_wait_for_the_device(cuda, cls, options):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def captured(train, model, optimizer, x, warmup):
+    """The graph of a training step on x, after steps on the inputs of `warmup`, outside of the current stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for input in warmup:
+            x.copy_(input)
+            train(model, optimizer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(model, optimizer, x)
+    return graph
+
+
 @pytest.mark.parametrize("cls,options", OPTIMIZERS)
 def test_a_captured_training_step(cuda, cls, options):
     """Replays of a graph of forward, backward and step go on as eager steps do, and see a new lr in its tensor."""
@@ -198,16 +213,7 @@ def test_a_captured_training_step(cuda, cls, options):
         model(x).square().mean().backward()
         optimizer.step()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(3):
-            x.copy_(inputs[i])
-            train(model, optimizer, x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train(model, optimizer, x)
+    graph = captured(train, model, optimizer, x, inputs[:3])
     for i in range(12):
         if i == 7:
             lr.mul_(0.5)
@@ -342,16 +348,7 @@ def test_in_backward_in_a_captured_training_step(cuda, kind, options):
     inputs = torch.randn(12, 8, 70, device=cuda, dtype=torch.float64)
     (model, optimizer), (eager, eager_optimizer) = (inside_on(cuda, kind, options, torch.float64) for _ in range(2))
     x = inputs[0].clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(3):
-            x.copy_(inputs[i])
-            train_inside(model, optimizer, x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train_inside(model, optimizer, x)
+    graph = captured(train_inside, model, optimizer, x, inputs[:3])
     for i in range(12):
         train_inside(eager, eager_optimizer, inputs[i])
         if i >= 3:
