@@ -250,7 +250,7 @@ def _list(values, form: str = ".3g") -> str:
 
 
 def _aligned(delta: float) -> float:
-    """A norm between delta and 1: that at which the direction is looked at."""
+    """|W| at which its direction is measured; passed at the start for delta above .09."""
     return 0.3 * math.sqrt(delta)
 
 
