@@ -33,6 +33,9 @@ constexpr int64_t kTile = 512;          // columns side by side, at most
 constexpr int64_t kTileBytes = 1 << 18; // a tile and all its inputs stay in L2 between reading and writing
 constexpr int64_t kShortRow = 32;       // rows below this length are handled as strided columns
 constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
+constexpr int64_t kLine = 64;           // bytes that memory delivers at once
+constexpr int64_t kAhead = 2048;        // bytes between an element and what is asked of memory meanwhile
+constexpr int64_t kCached = 1 << 20;    // bytes that need not be asked for: they are found in a cache
 
 template <class... T> struct Types {
   static constexpr int64_t bytes = (int64_t(sizeof(T)) + ... + 0);
@@ -50,10 +53,6 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
-// SGD writes nothing but what it has just read: from the last element to the first it finds more of that in the nearest
-// cache. (Outputs elsewhere must go forwards, where the hardware prefetches.)
-template <class Formula> constexpr bool kBackwards = Formula::residuals > 0 && Formula::outputs < Formula::inputs &&
-                                                    !kAdvances<Formula>;
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
@@ -73,8 +72,15 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
   template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
   template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
-  // Asks for the lines of kLanes elements of every input.
-  WN_INLINE void prefetch(int64_t i) const { prefetch(i, std::index_sequence_for<I...>{}); }
+  // Asks memory for the lines of `count` elements of the inputs from..to - 1, kAhead bytes behind element i. They go to
+  // the second cache: the first one is full of the row in work.
+  template <int from, int to, int count> WN_INLINE void ask(int64_t i) const {
+    static_for<to - from>([&](auto k) __attribute__((always_inline)) {
+      constexpr int64_t size = sizeof(std::tuple_element_t<from + k, std::tuple<I...>>);
+      const char* const at = static_cast<const char*>(in[from + k]) + i * size + kAhead;
+      for (int64_t line = 0; line < count * size; line += kLine) __builtin_prefetch(at + line, 0, 2);
+    });
+  }
   // Output 0 := factor(output 0), and again in the last output where that is a rounded copy.
   template <class F> WN_INLINE void rescale(int64_t i, F&& factor) const {
     using W = std::tuple_element_t<0, std::tuple<O...>>;
@@ -87,13 +93,6 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
  private:
   template <class B, size_t... k> WN_INLINE void load(int64_t i, B* x, std::index_sequence<k...>) const {
     ((x[k] = static_cast<B>(widen(static_cast<const I*>(in[k])[i]))), ...);
-  }
-  template <size_t... k> WN_INLINE void prefetch(int64_t i, std::index_sequence<k...>) const {
-    constexpr int64_t line = 64;
-    const auto fetch = [&](auto* x) __attribute__((always_inline)) {
-      for (int64_t at = 0; at < kLanes; at += line / static_cast<int64_t>(sizeof(*x))) __builtin_prefetch(x + i + at);
-    };
-    (fetch(static_cast<const I*>(in[k])), ...);
   }
   template <class B, size_t... l> WN_INLINE void store(int64_t i, const B* y, std::index_sequence<l...>) const {
     ((static_cast<O*>(out[l])[i] = narrow<O>::from(y[l])), ...);
@@ -111,9 +110,10 @@ template <class Formula, class A, class F> WN_INLINE void for_products(const A* 
 
 // Calls piece(begin, end) with the offsets of each run of at most kPiece contiguous elements of a row, in order, or in
 // the opposite order.
-template <bool backwards = false, class F> WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece) {
+template <class F>
+WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece, bool backwards = false) {
   const int64_t pieces = (layout.inner + kPiece - 1) / kPiece;
-  const auto nth = [](int64_t n, int64_t count) { return backwards ? count - 1 - n : n; };
+  const auto nth = [backwards](int64_t n, int64_t count) { return backwards ? count - 1 - n : n; };
   for (int64_t m = 0; m < layout.outer; ++m) {
     const int64_t base = (nth(m, layout.outer) * layout.rows + row) * layout.inner;
     for (int64_t n = 0; n < pieces; ++n) {
@@ -121,6 +121,32 @@ template <bool backwards = false, class F> WN_INLINE void for_pieces(const Layou
       piece(base + begin, base + std::min(begin + kPiece, layout.inner));
     }
   }
+}
+
+// What the passes over a row ask memory for. Hardware fetches ahead too, but too late, anew on every page, and nothing
+// while a pass works on what is in cache. The pass that meets elements first asks for those that it will meet soon; the
+// others ask for the beginning of the next row, at a pace that leaves their own loads from the second cache room.
+struct Ahead {
+  int64_t next = 0;    // elements from a row to the next one, 0 to ask for nothing
+  bool again = false;  // rows are too long for the cache: later passes meet the elements for the first time again
+};
+constexpr Ahead kStreams{1, true};  // pieces of rows in different threads
+template <class Formula, class E> WN_INLINE Ahead ahead_of(const Problem<Formula>& problem) {
+  const Layout& layout = problem.layout;
+  if (layout.outer > 1 || layout.rows * layout.inner * E::bytes <= kCached) return {};
+  return {layout.inner, 2 * layout.inner * E::bytes > kCached};
+}
+
+// SGD writes nothing but what it has just read: from the last element to the first it finds that in the nearest cache.
+// (Outputs elsewhere must go forwards, where the hardware prefetches.)
+template <class Formula> WN_INLINE bool backwards(Ahead ahead) {
+  return Formula::residuals > 0 && Formula::outputs < Formula::inputs && !kAdvances<Formula> && !ahead.again;
+}
+
+// At the n-th of `count` elements from `begin` on: a quarter of them in each of these passes.
+template <class Formula, int pass, class E>
+WN_INLINE void ask_for_next(const E& elements, Ahead ahead, int64_t begin, int64_t count, int64_t n) {
+  elements.template ask<0, Formula::gram_inputs, 1>(ahead.next + begin + (pass * count + n) / 4);
 }
 
 // Adds the upper half of the lanes to the lower one until one is left. The widths are compile-time constants, so that no
@@ -135,10 +161,9 @@ template <int width, class A> WN_INLINE A tree(A* lanes) {
 }
 
 // sums[p] = the sum over a piece of what terms(i, x, add) adds by add(p, term), for each element x, the i-th. On the way
-// the elements `ahead` of these are prefetched, unless that is 0.
-template <int count, class Formula, class E, class F>
-WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms,
-                            int64_t ahead = 0) {
+// ask(i) is called for every kLanes of them.
+template <int count, class Formula, class E, class F, class Ask>
+WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typename E::A* sums, F&& terms, Ask&& ask) {
   using A = typename E::A;
   A lanes[count][kLanes];
   const auto load = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
@@ -160,7 +185,7 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
       for (int lane = 0; lane < kLanes; ++lane) lanes[p][lane] = 0;
   }
   for (; i + kLanes <= end; i += kLanes) {
-    if (ahead != 0) elements.prefetch(i + ahead);
+    ask(i);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
   }
@@ -169,9 +194,13 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
 }
 
 template <class Formula, class E>
-WN_INLINE void gram_of_piece(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
-  reduce_piece<kGram<Formula>, Formula>(elements, begin, end, gram, [](int64_t, const auto* x, auto&& add)
-      __attribute__((always_inline)) { for_products<Formula>(x, add); });
+WN_INLINE void gram_of_piece(const E& elements, int64_t begin, int64_t end, Ahead ahead, typename E::A* gram) {
+  reduce_piece<kGram<Formula>, Formula>(
+      elements, begin, end, gram,
+      [](int64_t, const auto* x, auto&& add) __attribute__((always_inline)) { for_products<Formula>(x, add); },
+      [&](int64_t i) __attribute__((always_inline)) {
+        if (ahead.next != 0) elements.template ask<0, Formula::gram_inputs, kLanes>(i);
+      });
 }
 
 template <class Formula, class A, class F> WN_INLINE void for_residuals(const A* c, const A* x, F&& add) {
@@ -180,15 +209,13 @@ template <class Formula, class A, class F> WN_INLINE void for_residuals(const A*
   static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { add(p, term[p]); });
 }
 
-// A pass that advances computes more than it waits for memory, which can fetch the next row meanwhile.
 template <class Formula, bool advance, class E>
-WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, int64_t next_row,
+WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, Ahead ahead,
                                         const typename E::A* coefficients, typename E::A* sums) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-  reduce_piece<Formula::residuals, Formula>(elements, begin, end, sums, [&](int64_t i, const A* x, auto&& add)
-      __attribute__((always_inline)) {
+  const auto terms = [&](int64_t i, const A* x, auto&& add) __attribute__((always_inline)) {
     if constexpr (advance) {
       A y[kOutputs<Formula>], term[Formula::residuals];
       Formula::advance(c, x, y, term);
@@ -197,40 +224,61 @@ WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_
     } else {
       for_residuals<Formula>(c, x, add);
     }
-  }, advance ? next_row : 0);
+  };
+  reduce_piece<Formula::residuals, Formula>(elements, begin, end, sums, terms, [&](int64_t i) __attribute__((always_inline)) {
+    if (ahead.next == 0) return;
+    if (ahead.again) elements.template ask<0, Formula::inputs, kLanes>(i);
+    else if (advance) {  // meets the state for the first time
+      elements.template ask<Formula::gram_inputs, Formula::inputs, kLanes>(i);
+      ask_for_next<Formula, 0>(elements, ahead, begin, end - begin, i - begin);
+    }
+  });
+}
+
+// each(i) for the elements of a piece, and ask(n) before the n-th of them, for every kLanes.
+template <class F, class Ask>
+WN_INLINE void for_elements(int64_t begin, int64_t end, bool backwards, F&& each, Ask&& ask) {
+  const int64_t blocks = (end - begin) / kLanes, rest = backwards ? begin : begin + blocks * kLanes;
+  const int64_t first = backwards ? end - kLanes : begin, step = backwards ? -kLanes : kLanes;
+  for (int64_t n = 0; n < blocks; ++n) {
+    ask(n * kLanes);
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) each(first + n * step + lane);
+  }
+#pragma omp simd
+  for (int64_t i = rest; i < rest + (end - begin - blocks * kLanes); ++i) each(i);
 }
 
 template <class Formula, class E>
-WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients) {
+WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, Ahead ahead,
+                             const typename E::A* coefficients) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-  const auto combine = [&](int64_t i) __attribute__((always_inline)) {
+  for_elements(begin, end, backwards<Formula>(ahead), [&](int64_t i) __attribute__((always_inline)) {
     A x[Formula::inputs], y[kOutputs<Formula>];
     elements.load(i, x);
     Formula::combine(c, x, y);
     elements.store(i, y);
-  };
-  if constexpr (kBackwards<Formula>) {
-    int64_t i = end;
-    for (; i - kLanes >= begin; i -= kLanes) {
-#pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) combine(i - kLanes + lane);
-    }
-    end = i;
-  }
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) combine(i);
+  }, [&](int64_t n) __attribute__((always_inline)) {
+    if (ahead.again) elements.template ask<0, Formula::inputs, kLanes>(begin + n);
+    else if (ahead.next != 0) ask_for_next<Formula, 0>(elements, ahead, begin, end - begin, n);
+  });
 }
 
 // The factor that an advanced row still lacks; of its outputs the first has it, and the rounded copy of that.
 template <class Formula, class E>
-WN_INLINE void rescale_piece(const E& elements, int64_t begin, int64_t end, const typename E::A* coefficients) {
+WN_INLINE void rescale_piece(const E& elements, int64_t begin, int64_t end, Ahead ahead,
+                             const typename E::A* coefficients) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) elements.rescale(i, [&](A y) __attribute__((always_inline)) { return Formula::rescale(c, y); });
+  for_elements(begin, end, false, [&](int64_t i) __attribute__((always_inline)) {
+    elements.rescale(i, [&](A y) __attribute__((always_inline)) { return Formula::rescale(c, y); });
+  }, [&](int64_t n) __attribute__((always_inline)) {
+    if (ahead.again) elements.template ask<0, 1, kLanes>(begin + n);
+    else if (ahead.next != 0) ask_for_next<Formula, 1>(elements, ahead, begin, end - begin, n);
+  });
 }
 
 template <class Formula, class E>
@@ -321,8 +369,8 @@ __attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const
 // From a row's Gram matrix to its coefficients; true when the row still has to be combined with them, or, if it has been
 // advanced, to be rescaled.
 template <bool advance, class Formula, class E>
-WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int64_t row, const double* sums,
-                         typename E::A* c) {
+WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int64_t row, Ahead ahead,
+                         const double* sums, typename E::A* c) {
   using A = typename E::A;
   constexpr int unscaled[Formula::inputs] = {};
   A gram[kGram<Formula>];
@@ -341,7 +389,7 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
     if (needed) {
       double totals[Formula::residuals] = {};
       for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) {
-        residuals_of_range<Formula, advance>(elements, begin, end, problem.layout.inner, c, residuals);
+        residuals_of_range<Formula, advance>(elements, begin, end, ahead, c, residuals);
         for (int p = 0; p < Formula::residuals; ++p) totals[p] += residuals[p];
       });
       for (int p = 0; p < Formula::residuals; ++p) residuals[p] = static_cast<A>(totals[p]);
@@ -363,33 +411,34 @@ template <class Formula, class E>
 WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
   using A = typename E::A;
   const E elements(problem);
+  const Ahead ahead = ahead_of<Formula, E>(problem);
   for (int64_t row = first; row < last; ++row) {
     double sums[kGram<Formula>] = {};
     for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
       A gram[kGram<Formula>];
-      gram_of_piece<Formula>(elements, begin, end, gram);
+      gram_of_piece<Formula>(elements, begin, end, ahead, gram);
       for (int p = 0; p < kGram<Formula>; ++p) sums[p] += gram[p];
     });
     A c[kCoefficients<Formula>];
-    if (solve_row<kAdvances<Formula>>(problem, elements, row, sums, c)) {
-      for_pieces<kBackwards<Formula>>(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    if (solve_row<kAdvances<Formula>>(problem, elements, row, ahead, sums, c)) {
+      for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
         if constexpr (kAdvances<Formula>)
-          rescale_piece<Formula>(elements, begin, end, c);
+          rescale_piece<Formula>(elements, begin, end, ahead, c);
         else if constexpr (Formula::outputs > 0)
-          combine_piece<Formula>(elements, begin, end, c);
-      });
+          combine_piece<Formula>(elements, begin, end, ahead, c);
+      }, backwards<Formula>(ahead));
     }
   }
 }
 
 template <class Formula, class E>
 WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
-  gram_of_piece<Formula>(elements, begin, end, gram);
+  gram_of_piece<Formula>(elements, begin, end, kStreams, gram);
 }
 
 template <class Formula, class E>
 WN_MULTIVERSION void combine_range(const E& elements, int64_t begin, int64_t end, const typename E::A* c) {
-  combine_piece<Formula>(elements, begin, end, c);
+  combine_piece<Formula>(elements, begin, end, kStreams, c);
 }
 
 template <class Formula, class E> void split_rows(const Problem<Formula>& problem) {
@@ -414,7 +463,7 @@ template <class Formula, class E> void split_rows(const Problem<Formula>& proble
     double sums[kGram<Formula>] = {};
     for (; i < count && pieces[i].row == row; ++i)
       for (int p = 0; p < kGram<Formula>; ++p) sums[p] += grams[i].sum[p];
-    rows[row].combine = solve_row<false>(problem, elements, row, sums, rows[row].c);
+    rows[row].combine = solve_row<false>(problem, elements, row, Ahead{}, sums, rows[row].c);
   }
   if constexpr (Formula::outputs > 0)
     at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
@@ -510,7 +559,7 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
       for (int p = 0; p < kGram<Formula>; ++p)
         for (int64_t i = 0; i < m.width; ++i) row_sums[p] += sums[p][c - c0 + i];
       A coefficient[kCoefficients<Formula>];
-      to_combine[c - c0] = solve_row<false>(problem, elements, c / m.width, row_sums, coefficient);
+      to_combine[c - c0] = solve_row<false>(problem, elements, c / m.width, Ahead{}, row_sums, coefficient);
       all &= to_combine[c - c0];
       for (int q = 0; q < Formula::coefficients; ++q)
         for (int64_t i = 0; i < m.width; ++i) out.c[q][c - c0 + i] = coefficient[q];
