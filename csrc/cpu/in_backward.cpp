@@ -281,6 +281,11 @@ template <class T> void LinearStep<T>::run() const {
   });
 }
 
+template <class T> void LinearStep<T>::columns(int64_t first, int64_t last) const {
+  const auto step = part<T, wn::cpu::LinearStep>();
+  for (; first < last; first += kColumns) step(*this, first, std::min(last, first + kColumns));
+}
+
 template struct LinearForward<float>;
 template struct LinearForward<double>;
 template struct LinearStep<float>;
