@@ -8,6 +8,10 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <memory>
+
+#include "cpu/engine.h"
 #include "cpu/in_backward.h"
 #include "in_backward.h"
 #include "in_backward_run.h"
@@ -64,7 +68,7 @@ template <class T, int width> struct Turn {
   T *z, *y;
   int64_t rows, batch;
 
-  void operator()(int64_t from) const {
+  WN_INLINE void operator()(int64_t from) const {
     T factor[width], shift[width];
     for (int j = 0; j < width; ++j) {
       factor[j] = scale ? scale[from + j] : T(1);
@@ -81,16 +85,19 @@ template <class T, int width> struct Turn {
   }
 };
 
-// Calls tile(row) for tiles of rows, and single(row) for the rows that are left over.
-template <class Tile, class Single> void for_tiles(int64_t rows, int64_t batch, const Tile& tile, const Single& single) {
+// Calls part(first, last) for parts of the rows that begin with a whole tile.
+template <class F> void for_parts(int64_t rows, int64_t batch, const F& part) {
   at::parallel_for(0, (rows + kTile - 1) / kTile, 1 + 16384 / (kTile * (batch + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if ((i + 1) * kTile <= rows)
-        tile(i * kTile);
-      else
-        for (int64_t u = i * kTile; u < rows; ++u) single(u);
-    }
+    part(begin * kTile, std::min(rows, end * kTile));
   });
+}
+
+// Calls tile(row) for tiles of rows, and single(row) for the rows that are left over.
+template <class Tile, class Single>
+WN_MULTIVERSION void work(int64_t first, int64_t last, const Tile& tile, const Single& single) {
+  int64_t row = first;
+  for (; row + kTile <= last; row += kTile) tile(row);
+  for (; row < last; ++row) single(row);
 }
 
 // y = z scale + bias, and z = x u^T where it is needed. A library's product is made as u x^T, the quicker orientation, and
@@ -125,7 +132,7 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
                                      need_z ? z.mutable_data_ptr<scalar_t>() : nullptr,
                                      y.mutable_data_ptr<scalar_t>(), rows, batch};
     const Turn<scalar_t, 1> single{tile.product, tile.scale, tile.bias, tile.z, tile.y, rows, batch};
-    for_tiles(rows, batch, tile, single);
+    for_parts(rows, batch, [&](int64_t first, int64_t last) { work(first, last, tile, single); });
   });
   return {y, z};
 }
@@ -144,8 +151,9 @@ template <class T, int width> struct Prepare {
   int64_t row_stride, batch_stride;  // of these
   T* kept;                           // by what u is multiplied before e^T x is added; null if not needed
   RowStep* steps;
+  std::atomic<bool>* unfinished;  // whether a row is
 
-  void operator()(int64_t from) const {
+  WN_INLINE void operator()(int64_t from) const {
     double inner[width] = {}, square[width] = {}, sum[width] = {};
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t at = b * rows + from;
@@ -167,6 +175,8 @@ template <class T, int width> struct Prepare {
       old[j] = a.polar ? scale[from + j] : T(1);
       if (a.polar && finished(a, steps[from + j]))
         scale[from + j] = static_cast<T>(steps[from + j].finish(a.state, from + j, -1));
+      else if (a.polar)
+        unfinished->store(true, std::memory_order_relaxed);
       factor[j] = static_cast<T>(a.sign * (a.polar ? steps[from + j].factor : -a.state.lr));
       if (kept)
         kept[from + j] = static_cast<T>(a.polar ? steps[from + j].fold : 1 - a.state.lr * a.state.weight_decay);
@@ -181,18 +191,25 @@ template <class T, int width> struct Prepare {
   }
 };
 
-template <class T> void prepare(const Prepare<T, kTile>& tile) {
-  Prepare<T, 1> single{tile.a, tile.rows, tile.batch, tile.dy, tile.z, tile.gram_dy, tile.known, tile.scale, tile.bias,
-                       tile.of_x, tile.of_weight, tile.row_stride, tile.batch_stride, tile.kept, tile.steps};
-  for_tiles(tile.rows, tile.batch, tile, single);
+// gram = x x^T; null if gram_dy is there, or is not needed.
+template <class T> void prepare(const Prepare<T, kTile>& tile, const T* gram, T* gram_dy) {
+  const Prepare<T, 1> single{tile.a, tile.rows, tile.batch, tile.dy, tile.z, tile.gram_dy, tile.known, tile.scale, tile.bias,
+                             tile.of_x, tile.of_weight, tile.row_stride, tile.batch_stride, tile.kept, tile.steps,
+                             tile.unfinished};
+  const int64_t batch = tile.batch;
+  for_parts(tile.rows, batch, [&](int64_t first, int64_t last) {
+    if (gram)
+      cpu::LinearStep<T>{nullptr, gram, nullptr, nullptr, tile.dy, nullptr, gram_dy, batch, batch, tile.rows}
+          .columns(first, last);
+    work(first, last, tile, single);
+  });
 }
 
 // The rows that need the length of u'.
-template <class T> void finish(const Arguments& a, const std::vector<RowStep>& steps) {
-  if (std::all_of(steps.begin(), steps.end(), [&](const RowStep& step) { return finished(a, step); })) return;
+template <class T> void finish(const Arguments& a, const RowStep* steps) {
   const Tensor length = op::row_norm(a.weight, 0).to(at::kDouble);
   T* const scale = a.scale.mutable_data_ptr<T>();
-  for (size_t u = 0; u < steps.size(); ++u)
+  for (int64_t u = 0; u < a.weight.size(0); ++u)
     if (!finished(a, steps[u])) scale[u] = static_cast<T>(steps[u].finish(a.state, u, length.const_data_ptr<double>()[u]));
 }
 
@@ -202,13 +219,13 @@ template <class T> Tensor run(const Arguments& a) {
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
   const T *const x = a.x.const_data_ptr<T>(), *const dy = a.dy.const_data_ptr<T>();
   const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
-  std::vector<RowStep> steps(a.polar ? rows : 0);
-  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram_dy, of_x, of_weight, kept;
+  const std::unique_ptr<RowStep[]> steps(a.polar ? new RowStep[rows] : nullptr);
+  std::atomic<bool> unfinished = false;
+  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, gram_dy, of_x, of_weight, kept;
   if (known && small) {
-    const Tensor gram = at::empty({batch, batch}, a.x.options());
+    gram = at::empty({batch, batch}, a.x.options());
     gram_dy = at::empty_like(a.dy);
     cpu::LinearForward<T>{x, x, nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
-    cpu::LinearStep<T>{nullptr, data(gram), nullptr, nullptr, dy, nullptr, data(gram_dy), batch, batch, rows}.run();
   } else if (known) {
     gram_dy = at::mm(at::mm(a.x, a.x.t()), a.dy);
   }
@@ -222,20 +239,21 @@ template <class T> Tensor run(const Arguments& a) {
   }
   if (small || a.polar || a.bias.defined())
     prepare<T>({a, rows, batch, dy, z, data(gram_dy), known, data(a.scale), data(a.bias), data(of_x), data(of_weight),
-                small ? batch : 1, small ? 1 : rows, data(kept), steps.data()});
+                small ? batch : 1, small ? 1 : rows, data(kept), steps.get(), &unfinished},
+               data(gram), data(gram_dy));
   if (small) {
     T* const u = data(a.weight);
     cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), batch, rows, width}.run();
   } else {
     if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
-    for (size_t u = 0; u < steps.size(); ++u)
+    for (int64_t u = 0; u < rows && a.polar; ++u)
       if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
     if (a.polar)
       a.weight.addmm_(of_weight.t(), a.x);
     else
       a.weight.addmm_(a.dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
   }
-  if (a.polar) finish<T>(a, steps);
+  if (unfinished) finish<T>(a, steps.get());
   return dx;
 }
 

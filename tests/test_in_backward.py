@@ -301,6 +301,22 @@ def test_telemetry(batch):
             torch.testing.assert_close(ours[name][quantity], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 17, 2100])
+def test_the_gram_matrix_in_parts_of_the_rows(threads, rows):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plain, inside, _ = twins(mlp(7, rows), "swn", lr=0.1, telemetry=True)  # telemetry wants |G|
+        for _ in range(3):
+            x, y = batch_for(plain[0], 41)
+            step(*plain, x, y)
+            step(*inside, x, y)
+        assert distance(plain[0], inside[0]) < 1e-12
+    finally:
+        torch.set_num_threads(before)
+
+
 # --------------------------------------------------------------------------------------------------------- the operator
 
 

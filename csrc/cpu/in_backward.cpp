@@ -1,6 +1,4 @@
 #if defined(__GNUC__) && !defined(__clang__)
-// Of products no bit is promised, and contracted multiply-adds are twice as quick.
-#pragma GCC optimize("fp-contract=fast")
 #pragma GCC diagnostic ignored "-Wpsabi"  // what takes or returns vectors is inlined
 #endif
 
@@ -39,17 +37,14 @@ template <class T, int bytes> struct Simd {
 };
 
 // out = kept in + a b, for in and out (m, panel), kept (m,) or null for ones, a (m, k) with element (i, n) at
-// a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel).
+// a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel). The product is added up before it meets
+// `in`, which is larger and would be rounded k times.
 template <class S, int m, bool turned, class T>
 WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_stride, const T* a, int64_t stride,
                            const T* b, int64_t k) {
   typename S::V sum[m][2];
 #pragma GCC unroll 8
-  for (int i = 0; i < m; ++i) {
-    const T factor = kept ? kept[i] : T(1);
-    sum[i][0] = S::load(in + i * S::panel) * factor;
-    sum[i][1] = S::load(in + i * S::panel + S::lanes) * factor;
-  }
+  for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = typename S::V{};
   for (int64_t n = 0; n < k; ++n, b += S::panel) {
     const typename S::V b0 = S::load(b), b1 = S::load(b + S::lanes);
 #pragma GCC unroll 8
@@ -61,8 +56,9 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
   }
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
-    S::store(out + i * out_stride, sum[i][0]);
-    S::store(out + i * out_stride + S::lanes, sum[i][1]);
+    const T factor = kept ? kept[i] : T(1);
+    S::store(out + i * out_stride, S::load(in + i * S::panel) * factor + sum[i][0]);
+    S::store(out + i * out_stride + S::lanes, S::load(in + i * S::panel + S::lanes) * factor + sum[i][1]);
   }
 }
 
@@ -279,6 +275,11 @@ template <class T> void LinearStep<T>::run() const {
   at::parallel_for(0, (width + columns - 1) / columns, 1 + 2048 / (1 + batch * rows), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) step(*this, i * columns, std::min(width, (i + 1) * columns));
   });
+}
+
+template <class T> void LinearStep<T>::columns(int64_t first, int64_t last) const {
+  const auto step = part<T, wn::cpu::LinearStep>();
+  for (; first < last; first += kColumns) step(*this, first, std::min(last, first + kColumns));
 }
 
 template struct LinearForward<float>;

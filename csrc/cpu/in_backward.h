@@ -25,6 +25,7 @@ template <class T> struct LinearStep {
   int64_t batch, rows, width;
 
   void run() const;
+  void columns(int64_t first, int64_t last) const;  // these alone, on this thread
 };
 
 }  // namespace wn::cpu
