@@ -125,15 +125,16 @@ WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece, bool bac
 
 // What the passes over a row ask memory for. Hardware fetches ahead too, but too late, anew on every page, and nothing
 // while a pass works on what is in cache. The pass that meets elements first asks for those that it will meet soon; the
-// others ask for the beginning of the next row, at a pace that leaves their own loads from the second cache room.
+// others ask for the beginning of the next row, at a pace that leaves their own loads from the second cache room. One
+// input alone is better left to the hardware.
 struct Ahead {
   int64_t next = 0;    // elements from a row to the next one, 0 to ask for nothing
   bool again = false;  // rows are too long for the cache: later passes meet the elements for the first time again
 };
-constexpr Ahead kStreams{1, true};  // pieces of rows in different threads
+template <class Formula> constexpr Ahead kOfPieces = Formula::inputs > 1 ? Ahead{1, true} : Ahead{};
 template <class Formula, class E> WN_INLINE Ahead ahead_of(const Problem<Formula>& problem) {
   const Layout& layout = problem.layout;
-  if (layout.outer > 1 || layout.rows * layout.inner * E::bytes <= kCached) return {};
+  if (Formula::inputs == 1 || layout.outer > 1 || layout.rows * layout.inner * E::bytes <= kCached) return {};
   return {layout.inner, 2 * layout.inner * E::bytes > kCached};
 }
 
@@ -433,12 +434,12 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
 
 template <class Formula, class E>
 WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
-  gram_of_piece<Formula>(elements, begin, end, kStreams, gram);
+  gram_of_piece<Formula>(elements, begin, end, kOfPieces<Formula>, gram);
 }
 
 template <class Formula, class E>
 WN_MULTIVERSION void combine_range(const E& elements, int64_t begin, int64_t end, const typename E::A* c) {
-  combine_piece<Formula>(elements, begin, end, kStreams, c);
+  combine_piece<Formula>(elements, begin, end, kOfPieces<Formula>, c);
 }
 
 template <class Formula, class E> void split_rows(const Problem<Formula>& problem) {
