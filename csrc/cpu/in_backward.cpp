@@ -1,4 +1,6 @@
 #if defined(__GNUC__) && !defined(__clang__)
+// Of products no bit is promised, and contracted multiply-adds are twice as quick.
+#pragma GCC optimize("fp-contract=fast")
 #pragma GCC diagnostic ignored "-Wpsabi"  // what takes or returns vectors is inlined
 #endif
 
