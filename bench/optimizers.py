@@ -76,8 +76,12 @@ def main(arguments=None):
     with harness.Progress(len(chosen) * len(OPTIMIZERS), "optimizers") as progress:
         for case, (_, mode, _) in chosen.items():
             for name, (torchs, ours, settings, passes, bound) in OPTIMIZERS.items():
-                calls = {p: training.timed(mode, *parts(case, name, p, options.device))
-                         for p in providers(torchs, ours, settings)}
+                models = {p: parts(case, name, p, options.device) for p in providers(torchs, ours, settings)}
+                calls = {p: training.timed(mode, *made) for p, made in models.items()}
+                if "4096" in case:
+                    for call in calls.values():
+                        call()
+                    training.in_the_same_memory(optimizer for _, optimizer, *_ in models.values())
                 source, copy = (torch.randn(4096, 4096, device=options.device) for _ in range(2))
                 if "4096" in case:
                     calls["copy"] = lambda: copy.copy_(source)  # noqa: B023

@@ -1,5 +1,6 @@
 // wnkernels._C: the functions that Python calls outside of torch.compile, with the overhead of torch's own.
 #include <ATen/core/List.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -167,6 +168,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "polar_adam_", polar_adam_);
   define(m, "in_backward_linear", op::in_backward_linear);
   define(m, "in_backward_sgd_", in_backward_sgd_);
+  m.def("records_functions", &at::hasCallbacks);
   py::class_<StepLists>(m, "StepLists")
       .def(py::init([](std::vector<py::object> params, std::vector<py::object> weights, Tensors radius, Tensors norm,
                        std::vector<Tensors> state, std::vector<Tensors> row_state, Tensors telemetry, std::string kind,

@@ -93,6 +93,14 @@ template <> struct narrow<f16> {
   }
 };
 
+// A product that stays rounded where compilers contract sums of products to multiply-adds: of a b + c d they could take
+// either, and two instantiations of one formula would differ.
+#if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(__CUDA_ARCH__)
+template <class A> WN_INLINE A rounded(A product) { return __builtin_assoc_barrier(product); }
+#else
+template <class A> WN_INLINE A rounded(A product) { return product; }
+#endif
+
 // f(0), f(1), ... f(n - 1) with the index a compile-time constant, so that small arrays indexed by it stay in registers.
 template <int... i, class F> WN_INLINE void static_for(std::integer_sequence<int, i...>, F&& f) {
   (f(std::integral_constant<int, i>{}), ...);

@@ -40,11 +40,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from functools import wraps
 from operator import is_
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
@@ -110,6 +112,27 @@ def _initial_state(p: Tensor, group: dict, name: str) -> dict:
 def _mark(p: Tensor) -> tuple[int, int]:
     """What changes when somebody writes p."""
     return p._version, p.data_ptr()
+
+
+def _hooked(step: Callable) -> Callable:
+    """What torch makes of an optimizer's step: an entry in profiles, and the step's hooks.
+
+    torch opens the entry whether somebody records or not, which takes longer than the step of a small weight; so its
+    wrapper is taken only where somebody records or hooks.
+    """
+    in_full = torch.optim.Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def hooked(self, *args, **kwargs):
+        if (_C.records_functions() or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+                or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks):
+            return in_full(self, *args, **kwargs)
+        result = step(self, *args, **kwargs)
+        self._optimizer_step_code()
+        return result
+
+    hooked.hooked = True  # torch's mark on a step that needs no wrapper
+    return hooked
 
 
 class _Kept:
@@ -341,6 +364,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------------------------------------------------- step
 
+    @_hooked
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """Takes one step.

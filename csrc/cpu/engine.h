@@ -24,6 +24,14 @@
 #define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
+// The sums of a reduction are contracted to multiply-adds; outputs that are computed by sums of two products beside them
+// mark one as `rounded` (numeric.h).
+#if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define WN_CONTRACTED __attribute__((optimize("fp-contract=fast")))
+#else
+#define WN_CONTRACTED
+#endif
+
 namespace wn::cpu {
 
 constexpr int kLanes = 32;
@@ -195,7 +203,8 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
 }
 
 template <class Formula, class E>
-WN_INLINE void gram_of_piece(const E& elements, int64_t begin, int64_t end, Ahead ahead, typename E::A* gram) {
+WN_CONTRACTED WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end, Ahead ahead,
+                                                typename E::A* gram) {
   reduce_piece<kGram<Formula>, Formula>(
       elements, begin, end, gram,
       [](int64_t, const auto* x, auto&& add) __attribute__((always_inline)) { for_products<Formula>(x, add); },
@@ -211,8 +220,8 @@ template <class Formula, class A, class F> WN_INLINE void for_residuals(const A*
 }
 
 template <class Formula, bool advance, class E>
-WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, Ahead ahead,
-                                        const typename E::A* coefficients, typename E::A* sums) {
+WN_CONTRACTED WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, Ahead ahead,
+                                                      const typename E::A* coefficients, typename E::A* sums) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
@@ -417,7 +426,7 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
     double sums[kGram<Formula>] = {};
     for_pieces(problem.layout, row, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
       A gram[kGram<Formula>];
-      gram_of_piece<Formula>(elements, begin, end, ahead, gram);
+      reduce_range<Formula>(elements, begin, end, ahead, gram);
       for (int p = 0; p < kGram<Formula>; ++p) sums[p] += gram[p];
     });
     A c[kCoefficients<Formula>];
@@ -430,11 +439,6 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
       }, backwards<Formula>(ahead));
     }
   }
-}
-
-template <class Formula, class E>
-WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end, typename E::A* gram) {
-  gram_of_piece<Formula>(elements, begin, end, kOfPieces<Formula>, gram);
 }
 
 template <class Formula, class E>
@@ -455,7 +459,8 @@ template <class Formula, class E> void split_rows(const Problem<Formula>& proble
   struct Gram { A sum[kGram<Formula>]; };
   std::vector<Gram> grams(count);
   at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) reduce_range<Formula>(elements, pieces[i].begin, pieces[i].end, grams[i].sum);
+    for (int64_t i = first; i < last; ++i)
+      reduce_range<Formula>(elements, pieces[i].begin, pieces[i].end, kOfPieces<Formula>, grams[i].sum);
   });
 
   struct Row { A c[kCoefficients<Formula>]; bool combine; };
