@@ -28,9 +28,10 @@ enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBias
 // Rows of one tile are worked on together, element by element.
 constexpr int kTile = 16;
 
-// |G|^2 by the Gram matrix of the batch costs batch^2 (rows + width) multiplications, |u'| one pass over the weight.
-bool gram_is_cheaper(int64_t batch, int64_t rows, int64_t width) {
-  return batch * batch * (rows + width) <= 8 * rows * width;
+// |G|^2 by the Gram matrix of the batch costs batch^2 (rows + width) multiplications, |u'| one pass over the weight, or
+// a multiplication for each element where the product measures what it writes.
+bool gram_is_cheaper(int64_t batch, int64_t rows, int64_t width, bool measured_by_product) {
+  return batch * batch * (rows + width) <= (measured_by_product ? 1 : 8) * rows * width;
 }
 
 int64_t batch_of(const Tensor& x) {
@@ -140,12 +141,11 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
 // Whether a row is complete before u' is there.
 bool finished(const Arguments& a, const RowStep& step) { return !a.measure && !a.refresh && step.norm_known(); }
 
-// The scalar work of rows from, from + 1, ...
-template <class T, int width> struct Prepare {
+// The scalar work of rows.
+template <class T> struct Prepare {
   const Arguments& a;
   int64_t rows, batch;
-  const T *dy, *z, *gram_dy;  // gram_dy = x x^T dy
-  bool known;                 // gram_dy is
+  const T *dy, *z, *gram;  // gram = x x^T, null where |G|^2 is not needed
   T *scale, *bias;
   T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
   int64_t row_stride, batch_stride;  // of these
@@ -153,37 +153,44 @@ template <class T, int width> struct Prepare {
   RowStep* steps;
   std::atomic<bool>* unfinished;  // whether a row is
 
-  WN_INLINE void operator()(int64_t from) const {
-    double inner[width] = {}, square[width] = {}, sum[width] = {};
+  // Rows from, ..., from + count - 1, at most kRows of them: so many that sums need not wait for each other. Loops of a
+  // fixed length would be unrolled, not vectorized, and the chains of divisions of two rows overlap in short loops alone.
+  static constexpr int kRows = 64;
+  WN_INLINE void operator()(int64_t from, int64_t count) const {
+    double inner[kRows] = {}, square[kRows] = {}, sum[kRows] = {};
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t at = b * rows + from;
-      for (int j = 0; j < width; ++j) sum[j] += dy[at + j];
+      const T* const g = dy + b * rows + from;
+      for (int64_t j = 0; j < count; ++j) sum[j] += g[j];
       if (a.polar)
-        for (int j = 0; j < width; ++j) inner[j] += double(dy[at + j]) * double(z[at + j]);
-      if (known)
-        for (int j = 0; j < width; ++j) square[j] += double(dy[at + j]) * double(gram_dy[at + j]);
+        for (int64_t j = 0; j < count; ++j) inner[j] += double(g[j]) * double(z[b * rows + from + j]);
+      if (!gram) continue;
+      T form[kRows] = {};  // of dy^T gram dy one triangle, and half of the diagonal
+      for (int64_t c = 0; c <= b; ++c) {
+        const T factor = c < b ? gram[b * batch + c] : gram[b * batch + b] / 2;
+        for (int64_t j = 0; j < count; ++j) form[j] += factor * dy[c * rows + from + j];
+      }
+      for (int64_t j = 0; j < count; ++j) square[j] += 2 * double(g[j]) * double(form[j]);
     }
     if (bias)
-      for (int j = 0; j < width; ++j)
+      for (int64_t j = 0; j < count; ++j)
         bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
-    T old[width], factor[width];
-    for (int j = 0; j < width; ++j) {
-      if (a.polar) {
-        if (!known) square[j] = std::numeric_limits<double>::infinity();
-        steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], square[j]);
-      }
+    T old[kRows], factor[kRows];
+    for (int64_t j = 0; j < count && a.polar; ++j)
+      steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], gram ? square[j] : INFINITY);
+    for (int64_t j = 0; j < count; ++j) {
       old[j] = a.polar ? scale[from + j] : T(1);
-      if (a.polar && finished(a, steps[from + j]))
-        scale[from + j] = static_cast<T>(steps[from + j].finish(a.state, from + j, -1));
-      else if (a.polar)
-        unfinished->store(true, std::memory_order_relaxed);
       factor[j] = static_cast<T>(a.sign * (a.polar ? steps[from + j].factor : -a.state.lr));
       if (kept)
         kept[from + j] = static_cast<T>(a.polar ? steps[from + j].fold : 1 - a.state.lr * a.state.weight_decay);
     }
+    for (int64_t j = 0; j < count && a.polar; ++j)
+      if (finished(a, steps[from + j]))
+        scale[from + j] = static_cast<T>(steps[from + j].finish(a.state, from + j, -1));
+      else
+        unfinished->store(true, std::memory_order_relaxed);
     const auto write = [&](T* to, const T* factors) {
       for (int64_t b = 0; b < batch && to; ++b)
-        for (int j = 0; j < width; ++j)
+        for (int64_t j = 0; j < count; ++j)
           to[b * batch_stride + (from + j) * row_stride] = dy[b * rows + from + j] * factors[j];
     };
     write(of_x, old);
@@ -191,43 +198,39 @@ template <class T, int width> struct Prepare {
   }
 };
 
-// gram = x x^T; null if gram_dy is there, or is not needed.
-template <class T> void prepare(const Prepare<T, kTile>& tile, const T* gram, T* gram_dy) {
-  const Prepare<T, 1> single{tile.a, tile.rows, tile.batch, tile.dy, tile.z, tile.gram_dy, tile.known, tile.scale, tile.bias,
-                             tile.of_x, tile.of_weight, tile.row_stride, tile.batch_stride, tile.kept, tile.steps,
-                             tile.unfinished};
-  const int64_t batch = tile.batch;
-  for_parts(tile.rows, batch, [&](int64_t first, int64_t last) {
-    if (gram)
-      cpu::LinearStep<T>{nullptr, gram, nullptr, nullptr, tile.dy, nullptr, gram_dy, batch, batch, tile.rows}
-          .columns(first, last);
-    work(first, last, tile, single);
-  });
+template <class T> WN_MULTIVERSION void prepare(const Prepare<T>& p, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; row += p.kRows) p(row, std::min<int64_t>(p.kRows, last - row));
 }
 
-// The rows that need the length of u'.
-template <class T> void finish(const Arguments& a, const RowStep* steps) {
-  const Tensor length = op::row_norm(a.weight, 0).to(at::kDouble);
+// The rows that need the length of u'. It is measured here where squares are null, or one has lost bits.
+template <class T> void finish(const Arguments& a, const RowStep* steps, const double* squares) {
+  const int64_t rows = a.weight.size(0);
+  bool known = squares != nullptr;
+  for (int64_t u = 0; u < rows && known; ++u)
+    known = safe_square(static_cast<T>(squares[u])) || a.state.rho[u] == 0;
+  const Tensor length = known ? Tensor() : op::row_norm(a.weight, 0).to(at::kDouble);
+  const double* const lengths = known ? nullptr : length.const_data_ptr<double>();
   T* const scale = a.scale.mutable_data_ptr<T>();
-  for (int64_t u = 0; u < a.weight.size(0); ++u)
-    if (!finished(a, steps[u])) scale[u] = static_cast<T>(steps[u].finish(a.state, u, length.const_data_ptr<double>()[u]));
+  at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u)
+      if (!finished(a, steps[u]))
+        scale[u] = static_cast<T>(steps[u].finish(a.state, u, known ? std::sqrt(squares[u]) : lengths[u]));
+  });
 }
 
 template <class T> Tensor run(const Arguments& a) {
   const int64_t batch = a.dy.size(0), rows = a.weight.size(0), width = a.weight.size(1);
-  const bool known = a.polar && !a.measure, small = cpu::small_products(batch);
+  const bool small = cpu::small_products(batch);
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
   const T *const x = a.x.const_data_ptr<T>(), *const dy = a.dy.const_data_ptr<T>();
   const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
   const std::unique_ptr<RowStep[]> steps(a.polar ? new RowStep[rows] : nullptr);
+  const std::unique_ptr<double[]> squares(small && (a.measure || a.refresh) ? new double[rows] : nullptr);
   std::atomic<bool> unfinished = false;
-  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, gram_dy, of_x, of_weight, kept;
-  if (known && small) {
-    gram = at::empty({batch, batch}, a.x.options());
-    gram_dy = at::empty_like(a.dy);
-    cpu::LinearForward<T>{x, x, nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
-  } else if (known) {
-    gram_dy = at::mm(at::mm(a.x, a.x.t()), a.dy);
+  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept;
+  if (a.polar && !a.measure) {
+    gram = small ? at::empty({batch, batch}, a.x.options()) : at::mm(a.x, a.x.t());
+    if (small) cpu::LinearForward<T>{x, x, nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
   }
   if (small) {
     of_x = a.need_x ? at::empty({rows, batch}, a.x.options()) : Tensor();
@@ -237,13 +240,15 @@ template <class T> Tensor run(const Arguments& a) {
     of_x = a.need_x ? at::empty_like(a.dy) : Tensor();
     of_weight = at::empty_like(a.dy);
   }
-  if (small || a.polar || a.bias.defined())
-    prepare<T>({a, rows, batch, dy, z, data(gram_dy), known, data(a.scale), data(a.bias), data(of_x), data(of_weight),
-                small ? batch : 1, small ? 1 : rows, data(kept), steps.get(), &unfinished},
-               data(gram), data(gram_dy));
+  if (small || a.polar || a.bias.defined()) {
+    const Prepare<T> job{a, rows, batch, dy, z, data(gram), data(a.scale), data(a.bias), data(of_x), data(of_weight),
+                         small ? batch : 1, small ? 1 : rows, data(kept), steps.get(), &unfinished};
+    for_parts(rows, batch, [&](int64_t first, int64_t last) { prepare(job, first, last); });
+  }
   if (small) {
     T* const u = data(a.weight);
-    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), batch, rows, width}.run();
+    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), squares.get(), batch,
+                       rows, width}.run();
   } else {
     if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
     for (int64_t u = 0; u < rows && a.polar; ++u)
@@ -253,7 +258,7 @@ template <class T> Tensor run(const Arguments& a) {
     else
       a.weight.addmm_(a.dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
   }
-  if (unfinished) finish<T>(a, steps.get());
+  if (unfinished) finish<T>(a, steps.get(), squares.get());
   return dx;
 }
 
@@ -300,7 +305,8 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
               numbers[kBiasWeightDecay], maximize ? -1.0 : 1.0, polar, need_x, false, refresh};
   a.state = {pointer(rho), pointer(radius), pointer(norm), pointer(telemetry), k, keep_norm, weight.size(1) == 1,
              numbers[kLr], numbers[kRadiusLr], numbers[kWeightDecay], numbers[kRadiusWeightDecay]};
-  a.measure = polar && !telemetry && !gram_is_cheaper(batch, rows, weight.size(1));
+  const bool by_product = weight.is_cpu() && cpu::small_products(batch);
+  a.measure = polar && !telemetry && !gram_is_cheaper(batch, rows, weight.size(1), by_product);
   if (polar) a.z = z ? *z : at::mm(a.x, weight.t());
   Tensor dx;
 #if defined(WN_WITH_CUDA)

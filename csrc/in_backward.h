@@ -42,12 +42,11 @@ struct RowStep {
             ? r
             : r - state.radius_lr * ((state.kind == Kind::ewn ? s * p : p) + state.radius_weight_decay * r);
     const double kept = 1 - state.lr * state.weight_decay, rate = state.lr * k;
-    const double rest = square - p * p, tangential = rest <= 0 ? 0 : rest > 0 ? ::sqrt(rest) : INFINITY;  // |G - p v/n|
-    const double perp = rate * tangential;
+    const double rest = square - p * p, tangential = rest <= 0 ? 0 : rest > 0 ? rest : INFINITY;  // |G - p v/n|^2
     state.radius[row] = r_new;
     x.s = signed_radius(state.kind, r_new);
     x.along = kept * n;
-    x.n = ::sqrt(x.along * x.along + perp * perp);
+    x.n = ::sqrt(x.along * x.along + rate * tangential * rate);
     x.rho = (kept + rate * p / n) * rho;
     if (!(::fabs(x.rho) >= 0.5 && ::fabs(x.rho) <= 2)) {
       x.fold = x.rho;
@@ -58,8 +57,8 @@ struct RowStep {
       double* const t = state.telemetry + 5 * row;
       t[0] = x.s;
       t[2] = p;
-      t[3] = tangential;
-      t[4] = ::atan2(::fabs(perp), x.along);
+      t[3] = ::sqrt(tangential);
+      t[4] = ::atan2(::fabs(rate * t[3]), x.along);
     }
     return x;
   }
@@ -69,9 +68,9 @@ struct RowStep {
     if (state.rho[row] == 0) return 0;
     const double free = norm_known() ? n : ::fabs(rho) * length;
     const double n_new = state.keep_norm ? state.norm[row] : free;
-    const double u = length >= 0 ? length : free / ::fabs(rho);
-    const bool lost = !(u > 0) || n_new == 0;
-    state.rho[row] = lost ? 0 : ::copysign(n_new / u, rho);
+    const bool measured = length >= 0, lost = !((measured ? length : free) > 0) || n_new == 0;
+    const double size = measured ? n_new / length : state.keep_norm ? ::fabs(rho) * (n_new / free) : ::fabs(rho);
+    state.rho[row] = lost ? 0 : ::copysign(size, rho);
     state.norm[row] = n_new;
     if (state.telemetry != nullptr) state.telemetry[5 * row + 1] = n_new;
     return lost ? 0 : s * state.rho[row] / n_new;

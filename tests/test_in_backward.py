@@ -165,12 +165,13 @@ def test_the_length_of_rows_is_measured_now_and_then(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_float32_drifts_no_more_than_the_optimizer_does(dtype):
+@pytest.mark.parametrize("batch", [3, 16])  # |G|^2 by the Gram matrix, or the new rows
+def test_float32_drifts_no_more_than_the_optimizer_does(dtype, batch):
     exact, _, _ = twins(mlp(40, 50, 10), "swn", lr=0.3)
     model = copy.deepcopy(exact[0]).to(dtype)
     plain, inside, _ = twins(model, "swn", lr=0.3)
     for _ in range(300):
-        x, y = batch_for(exact[0], 16)
+        x, y = batch_for(exact[0], batch)
         step(*exact, x, y)
         step(*plain, x.to(dtype), y.to(dtype))
         step(*inside, x.to(dtype), y.to(dtype))
@@ -461,10 +462,11 @@ def test_bad_arguments_are_named_and_nothing_is_written(changes, error, words):
 
 
 @pytest.mark.parametrize("size", [1e19, 1e25])
-def test_a_gradient_whose_square_leaves_float32_is_measured(size):
-    """x x^T is infinite then, and x x^T dy not even a number."""
+@pytest.mark.parametrize("batch", [2, 4])  # |G|^2 by the Gram matrix, or the new rows
+def test_a_gradient_whose_square_leaves_float32_is_measured(size, batch):
+    """x x^T is infinite then, and x x^T dy not even a number; with 1e25 so are the squares of the new rows."""
     u, radius = torch.randn(20, 9), torch.ones(20).double()
-    x, dy = size * torch.randn(4, 9), torch.randn(4, 20)
+    x, dy = size * torch.randn(batch, 9), torch.randn(batch, 20)
     norm = u.double().norm(dim=1)
     numbers = [1e-3, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert ((x @ x.t()) @ dy).isnan().any()

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "../numeric.h"
 
@@ -38,12 +39,28 @@ template <class T, int bytes> struct Simd {
   static WN_INLINE void store(T* p, const V& v) { *reinterpret_cast<Unaligned*>(p) = v; }
 };
 
+// sum = sums of neighbours, of a and then of b.
+template <class V, int... lane>
+WN_INLINE void sum_pairs(const V& a, const V& b, V& sum, std::integer_sequence<int, lane...>) {
+  sum = __builtin_shufflevector(a, b, 2 * lane...) + __builtin_shufflevector(a, b, (2 * lane + 1)...);
+}
+
+// Element i of v[0] becomes the sum of the lanes of v[i].
+template <class S, int n = S::lanes> WN_INLINE void sum_lanes(typename S::V* v) {
+  if constexpr (n > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i)
+      sum_pairs(v[2 * i], v[2 * i + 1], v[i], std::make_integer_sequence<int, S::lanes>{});
+    sum_lanes<S, n / 2>(v);
+  }
+}
+
 // out = kept in + a b, for in and out (m, panel), kept (m,) or null for ones, a (m, k) with element (i, n) at
 // a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel). The product is added up before it meets
-// `in`, which is larger and would be rounded k times.
+// `in`, which is larger and would be rounded k times. The squares of out are added to squares (m,), if given, lane by lane.
 template <class S, int m, bool turned, class T>
 WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_stride, const T* a, int64_t stride,
-                           const T* b, int64_t k) {
+                           const T* b, int64_t k, typename S::V* squares) {
   typename S::V sum[m][2];
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = typename S::V{};
@@ -59,20 +76,23 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
     const T factor = kept ? kept[i] : T(1);
-    S::store(out + i * out_stride, S::load(in + i * S::panel) * factor + sum[i][0]);
-    S::store(out + i * out_stride + S::lanes, S::load(in + i * S::panel + S::lanes) * factor + sum[i][1]);
+    const typename S::V out0 = S::load(in + i * S::panel) * factor + sum[i][0];
+    const typename S::V out1 = S::load(in + i * S::panel + S::lanes) * factor + sum[i][1];
+    S::store(out + i * out_stride, out0);
+    S::store(out + i * out_stride + S::lanes, out1);
+    if (squares) squares[i] += out0 * out0 + out1 * out1;
   }
 }
 
 // The same for any m.
 template <class S, bool turned, class T>
 WN_INLINE void add_products(int64_t m, const T* in, const T* kept, T* out, int64_t out_stride, const T* a,
-                            int64_t stride, const T* b, int64_t k) {
+                            int64_t stride, const T* b, int64_t k, typename S::V* squares = nullptr) {
   int64_t i = 0;
   const auto tiles = [&](auto size) __attribute__((always_inline)) {
     for (; i + size <= m; i += size)
       add_product<S, size, turned>(in + i * S::panel, kept ? kept + i : nullptr, out + i * out_stride, out_stride,
-                                   a + i * (turned ? 1 : stride), stride, b, k);
+                                   a + i * (turned ? 1 : stride), stride, b, k, squares ? squares + i : nullptr);
   };
   if constexpr (S::tile == 8) tiles(std::integral_constant<int, 8>{});
   tiles(std::integral_constant<int, 4>{});
@@ -105,11 +125,13 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
   const int64_t count = last - first, panels = (count + P - 1) / P, batch = p.batch;
   const Scratch<T> memory((2 * batch + kBlock) * panels * P);
   T *const x = memory.data(), *const dx = x + batch * panels * P, *const u = dx + batch * panels * P;
-  if (p.e) pack<S>(p.x + first, p.width, batch, count, x);
+  typename S::V sums[kBlock];
+  pack<S>(p.x + first, p.width, batch, count, x);
   if (p.dx) std::fill(dx, u, T(0));
   for (int64_t row = 0; row < p.rows; row += kBlock) {
     const int64_t rows = std::min(kBlock, p.rows - row), after = std::min(kBlock, p.rows - row - rows);
     pack<S>(p.u + row * p.width + first, p.width, rows, count, u);
+    std::fill(sums, sums + kBlock, typename S::V{});
     for (int64_t c = 0; c < panels; ++c) {
       const int64_t at = row * p.width + first + c * P, width = std::min(P, count - c * P);
       T* const in = u + c * rows * P;
@@ -119,12 +141,15 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
         T* const d = dx + c * batch * P;
         add_products<S, true, T>(batch, d, nullptr, d, P, p.a + row * batch, batch, in, rows);
       }
-      if (!p.e) continue;
       const bool whole = width == P;
       add_products<S, false, T>(rows, in, p.kept + row, whole ? p.updated + at : in, whole ? p.width : P,
-                                p.e + row * batch, batch, x + c * batch * P, batch);
+                                p.e + row * batch, batch, x + c * batch * P, batch, p.squares ? sums : nullptr);
       for (int64_t r = 0; r < rows && !whole; ++r)
         std::copy(in + r * P, in + r * P + width, p.updated + at + r * p.width);
+    }
+    for (int64_t r = 0; r < rows && p.squares; r += S::lanes) {
+      sum_lanes<S>(sums + r);
+      for (int64_t i = 0; i < std::min<int64_t>(S::lanes, rows - r); ++i) p.squares[row + r + i] = sums[r][i];
     }
   }
   for (int64_t b = 0; b < batch && p.dx; ++b)
@@ -137,22 +162,6 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
 // Of the inner products: columns that stay in L1 from one part of the batch to the next; the batch whose sums are kept at
 // a time; and rows that stay in L2 from one such batch to the next.
 constexpr int64_t kDepth = 512, kBatch = 32, kRows = 16;
-
-// sum = sums of neighbours, of a and then of b.
-template <class V, int... lane>
-WN_INLINE void sum_pairs(const V& a, const V& b, V& sum, std::integer_sequence<int, lane...>) {
-  sum = __builtin_shufflevector(a, b, 2 * lane...) + __builtin_shufflevector(a, b, (2 * lane + 1)...);
-}
-
-// Element i of v[0] becomes the sum of the lanes of v[i].
-template <class S, int n = S::lanes> WN_INLINE void sum_lanes(typename S::V* v) {
-  if constexpr (n > 1) {
-#pragma GCC unroll 8
-    for (int i = 0; i < n / 2; ++i)
-      sum_pairs(v[2 * i], v[2 * i + 1], v[i], std::make_integer_sequence<int, S::lanes>{});
-    sum_lanes<S, n / 2>(v);
-  }
-}
 
 // sums (n, m) += x (n, k) u (m, k)^T, lane by lane.
 template <class S, int m, int n, class T>
@@ -272,16 +281,21 @@ template <class T> void LinearForward<T>::run() const {
 
 template <class T> void LinearStep<T>::run() const {
   const auto step = part<T, wn::cpu::LinearStep>();
-  const int64_t parts = std::max<int64_t>(at::get_num_threads(), (width + kColumns - 1) / kColumns);
-  const int64_t units = (width + kColumnUnit - 1) / kColumnUnit, columns = (units + parts - 1) / parts * kColumnUnit;
-  at::parallel_for(0, (width + columns - 1) / columns, 1 + 2048 / (1 + batch * rows), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) step(*this, i * columns, std::min(width, (i + 1) * columns));
+  const int64_t tasks = std::max<int64_t>(at::get_num_threads(), (width + kColumns - 1) / kColumns);
+  const int64_t units = (width + kColumnUnit - 1) / kColumnUnit, columns = (units + tasks - 1) / tasks * kColumnUnit;
+  const int64_t parts = (width + columns - 1) / columns;
+  const std::unique_ptr<double[]> sums(squares ? new double[parts * rows] : nullptr);
+  at::parallel_for(0, parts, 1 + 2048 / (1 + batch * rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      LinearStep of_part = *this;
+      if (squares) of_part.squares = sums.get() + i * rows;
+      step(of_part, i * columns, std::min(width, (i + 1) * columns));
+    }
   });
-}
-
-template <class T> void LinearStep<T>::columns(int64_t first, int64_t last) const {
-  const auto step = part<T, wn::cpu::LinearStep>();
-  for (; first < last; first += kColumns) step(*this, first, std::min(last, first + kColumns));
+  for (int64_t row = 0; row < rows && squares; ++row) {
+    squares[row] = 0;
+    for (int64_t i = 0; i < parts; ++i) squares[row] += sums[i * rows + row];
+  }
 }
 
 template struct LinearForward<float>;

@@ -17,15 +17,16 @@ template <class T> struct LinearForward {
   void run() const;
 };
 
-// dx = a u, and updated = diag(kept) u + e^T x, where u is read once for both. x, dx (batch, width); u, updated, which may
-// be u, (rows, width); a^T, e^T (rows, batch); kept (rows,). dx and e may be null, and what is needed for them alone.
+// dx = a u, and updated = diag(kept) u + e^T x, where u is read once for both; squares = the squared lengths of the rows of
+// updated, out of the range of T where they are out of its. x, dx (batch, width); u, updated, which may be u, (rows, width);
+// a^T, e^T (rows, batch); kept, squares (rows,). dx, with a, and squares may be null.
 template <class T> struct LinearStep {
   const T *x, *a, *e, *kept, *u;
   T *updated, *dx;
+  double* squares;
   int64_t batch, rows, width;
 
   void run() const;
-  void columns(int64_t first, int64_t last) const;  // these alone, on this thread
 };
 
 }  // namespace wn::cpu
