@@ -93,14 +93,6 @@ template <> struct narrow<f16> {
   }
 };
 
-// A product that stays rounded where compilers contract sums of products to multiply-adds: of a b + c d they could take
-// either, and two instantiations of one formula would differ.
-#if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(__CUDA_ARCH__)
-template <class A> WN_INLINE A rounded(A product) { return __builtin_assoc_barrier(product); }
-#else
-template <class A> WN_INLINE A rounded(A product) { return product; }
-#endif
-
 // f(0), f(1), ... f(n - 1) with the index a compile-time constant, so that small arrays indexed by it stay in registers.
 template <int... i, class F> WN_INLINE void static_for(std::integer_sequence<int, i...>, F&& f) {
   (f(std::integral_constant<int, i>{}), ...);
@@ -154,12 +146,22 @@ WN_INLINE float magnitude(float x) { return ::fabsf(x); }
 WN_INLINE double magnitude(double x) { return ::fabs(x); }
 
 // A sum of squares that neither overflowed nor lost bits to underflow (smallest normal / epsilon).
-template <class A> WN_INLINE bool safe_square(A sum) { return sum >= limits<A>::safe_square && sum <= limits<A>::largest; }
+template <class A> WN_INLINE bool safe_square(A sum) {
+  return (sum >= limits<A>::safe_square) & (sum <= limits<A>::largest);
+}
 
 // A coefficient that carries all of its bits: zero or a normal number.
 template <class A> WN_INLINE bool full_precision(A x) {
   const A m = magnitude(x);
-  return x == A(0) || (m >= limits<A>::smallest_normal && m <= limits<A>::largest);
+  return (x == A(0)) | ((m >= limits<A>::smallest_normal) & (m <= limits<A>::largest));
+}
+
+// x or 0, without a branch.
+WN_INLINE float zero_unless(bool keep, float x) {
+  return bit_cast<float>(bit_cast<uint32_t>(x) & -static_cast<uint32_t>(keep));
+}
+WN_INLINE double zero_unless(bool keep, double x) {
+  return bit_cast<double>(bit_cast<uint64_t>(x) & -static_cast<uint64_t>(keep));
 }
 
 // Saturates, so that a coefficient times an exact zero stays zero where infinity times zero would be NaN.

@@ -36,6 +36,17 @@ WN_INLINE double shifted(double x, int e) { return e == 0 ? x : ::ldexp(x, e); }
 WN_INLINE float signed_radius(Kind kind, float r) { return kind == Kind::ewn ? exponential(r) : r; }
 WN_INLINE double signed_radius(Kind kind, double r) { return kind == Kind::ewn ? finite(exponential(r)) : r; }
 
+// The length of a row from its square. A zero row has no direction: its length is taken as 1, and what is divided by it
+// as 0, by `of`. Without branches, which would keep loops over rows from being vectorized.
+template <class A> struct Direction {
+  A length;
+  bool exists;
+  explicit WN_INLINE Direction(A square) : length(square_root(square)), exists(length != A(0)) {
+    length += zero_unless(!exists, A(1));
+  }
+  WN_INLINE A of(A x) const { return zero_unless(exists, x); }
+};
+
 // n = |x_0|
 struct RowNorm {
   static constexpr int inputs = 1, gram_inputs = 1, outputs = 0, coefficients = 0, residuals = 0, results = 1;
@@ -46,7 +57,8 @@ struct RowNorm {
   }
   template <class A> WN_INLINE bool exact(const A*) const { return true; }
   template <class A> static WN_INLINE void combine(const A*, const A*, A*) {}
-  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { norm.set(row, result[0]); }
+  WN_INLINE const RowResults& stored() const { return norm; }
+  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { stored().set(row, result[0]); }
 };
 
 // w = (s/n) v. A zero row has no direction: w = 0.
@@ -56,8 +68,8 @@ struct Forward {
   RowValues radius;
 
   template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int*, A* c, A*) const {
-    const A n = square_root(gram[0]);
-    c[0] = n == A(0) ? A(0) : signed_radius(kind, radius.at<A>(row)) / n;
+    const Direction<A> v(gram[0]);
+    c[0] = v.of(signed_radius(kind, radius.at<A>(row))) / v.length;
   }
   template <class A> WN_INLINE bool exact(const A* c) const { return full_precision(c[0]); }
   template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) { y[0] = c[0] * x[0]; }
@@ -74,7 +86,8 @@ struct RowScale : Forward {
     result[0] = shifted(c[0], -e[0]);
   }
   template <class A> static WN_INLINE void combine(const A*, const A*, A*) {}
-  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { scale.set(row, result[0]); }
+  WN_INLINE const RowResults& stored() const { return scale; }
+  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { stored().set(row, result[0]); }
 };
 
 // From v and G: dL/dv = (s/n)(G - p t), and dL/dr = p (SWN) or s p (EWN). A zero row has zero gradients. Without an output
@@ -86,20 +99,16 @@ struct Backward {
   RowResults radius_gradient;
 
   template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int* e, A* c, A* result) const {
-    const A n = square_root(gram[0]);
-    if (n == A(0)) {
-      c[0] = c[1] = result[0] = A(0);
-      return;
-    }
-    const A s = signed_radius(kind, radius.at<A>(row));
-    const A p = gram[1] / n;
-    c[0] = shifted(s / n, e[1] - e[0]);
-    c[1] = p / n;
+    const Direction<A> v(gram[0]);
+    const A s = v.of(signed_radius(kind, radius.at<A>(row))), p = v.of(gram[1]) / v.length;
+    c[0] = shifted(s / v.length, e[1] - e[0]);
+    c[1] = p / v.length;
     result[0] = shifted(kind == Kind::ewn ? s * p : p, e[1]);
   }
   template <class A> WN_INLINE bool exact(const A* c) const { return full_precision(c[0]); }
   template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) { y[0] = c[0] * (x[1] - c[1] * x[0]); }
-  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { radius_gradient.set(row, result[0]); }
+  WN_INLINE const RowResults& stored() const { return radius_gradient; }
+  template <class A> WN_INLINE void finish(int64_t row, const A* result) const { stored().set(row, result[0]); }
 };
 
 }  // namespace wn

@@ -275,13 +275,13 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
   template <class A> struct Moments { A average, square, largest, U, v; };  // v' over n
   template <class A> static WN_INLINE Moments<A> moments(const A* c, const A* x) {
     Moments<A> m;
-    const A dv = c[kW] * x[0] + rounded(c[kG] * x[1]);
+    const A dv = c[kW] * x[0] + c[kG] * x[1];
     m.average = x[2] + c[kOneMinusBeta1] * (dv - x[2]);
-    m.square = rounded(c[kBeta2] * x[3]) + c[kOneMinusBeta2] * dv * dv;
+    m.square = c[kBeta2] * x[3] + c[kOneMinusBeta2] * dv * dv;
     m.largest = m.square;
     if constexpr (amsgrad) m.largest = x[4] > m.square ? x[4] : m.square;
     m.U = m.average / (square_root(m.largest) * c[kCorrection] + c[kEps]);
-    m.v = c[kDecayed] * x[0] - rounded(c[kRate] * m.U);
+    m.v = c[kDecayed] * x[0] - c[kRate] * m.U;
     return m;
   }
 

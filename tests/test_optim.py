@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
@@ -683,6 +684,28 @@ def test_closures_and_hooks(make):
     torch.testing.assert_close(optimizer.state_dict()["state"], before, **EXACT)
 
 
+def test_steps_show_in_profiles_and_to_hooks_of_all_optimizers(make):
+    model, optimizer, x, y = setup(make)
+    train(model, optimizer, x, y, 1)
+    calls = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+    assert calls == ["before", "after"]
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert f"Optimizer.step#{type(optimizer).__name__}.step" in {event.key for event in profile.key_averages()}
+    assert all(p.requires_grad for p in model.parameters()) and torch.is_grad_enabled()
+
+
+
 def test_parameters_without_gradients_wait(make):
     """A weight that joins later is stepped as one of its own age."""
     model, optimizer, x, y = setup(make, dtype=torch.float64)
@@ -898,6 +921,7 @@ def _ddp_worker(rank, folder):
     half = slice(rank * 5, rank * 5 + 5)
     train(model, optimizer, x[half], y[half], 5)
     torch.save(list(model.parameters()), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # neither goes while the other still talks to it
     torch.distributed.destroy_process_group()
 
 

@@ -157,6 +157,7 @@ class _Bucket:
     def column(self, name: str) -> list[Tensor]:
         return [state[name] for state in self.states]
 
+    @torch.no_grad()
     def reread(self, marks: list) -> None:
         """Takes what the user wrote to 16-bit parameters; elements that were left alone keep their master's bits."""
         for i, (p, master) in enumerate(zip(self.params, self.weights)):
@@ -287,6 +288,11 @@ class _PolarOptimizer(torch.optim.Optimizer):
         if plan is not None and plan.key == key and plan.count == len(params) and plan.grads.unchanged():
             if len(self.state) == len(plan.known) and all(map(is_, self.state.values(), plan.known)):
                 return plan
+        return self._new_plan(number, group, key)
+
+    @torch.no_grad()
+    def _new_plan(self, number, group: dict, key: tuple) -> _Plan:
+        params = group["params"]
         if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("this step sets up state, which a CUDA graph would repeat: take two steps before the capture")
         plan = _Plan(key, params)
@@ -365,7 +371,6 @@ class _PolarOptimizer(torch.optim.Optimizer):
     # ---------------------------------------------------------------------------------------------------------- step
 
     @_hooked
-    @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """Takes one step.
 
@@ -430,6 +435,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         """The kernel; `numbers` and `options` are those that SGD and Adam share."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def _plain(self, group: dict, indices: list) -> None:
         """torch's own step on the parameters that have no radius."""
         params = [group["params"][i] for i in indices]

@@ -4,8 +4,9 @@
 // double. So the bits depend neither on the number of threads nor on the path taken:
 //   rows     a row is contiguous (or `outer` contiguous segments): one row at a time through the cache;
 //   split    the same, but too few rows to go around: pieces of rows in parallel, in three phases;
-//   columns  neighbouring elements belong to different rows (last dim, small inner, and rows of a few elements, which
-//            are columns with a stride): tiles of columns side by side in the lanes.
+//   short    rows of a few elements: tiles of rows, the arithmetic per row side by side in the lanes too;
+//   columns  neighbouring elements belong to different rows (last dim, small inner): tiles of columns side by side in
+//            the lanes.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,8 +25,8 @@
 #define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
-// The sums of a reduction are contracted to multiply-adds; outputs that are computed by sums of two products beside them
-// mark one as `rounded` (numeric.h).
+// For functions that only add up products, which are contracted to multiply-adds. Elsewhere compilers might contract two
+// instantiations of one formula differently, and outputs must not depend on the path taken.
 #if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define WN_CONTRACTED __attribute__((optimize("fp-contract=fast")))
 #else
@@ -39,7 +40,9 @@ constexpr int64_t kPiece = 4096;        // elements reduced in one accumulator b
 constexpr int64_t kColumnPiece = 256;   // the same along a column
 constexpr int64_t kTile = 512;          // columns side by side, at most
 constexpr int64_t kTileBytes = 1 << 18; // a tile and all its inputs stay in L2 between reading and writing
-constexpr int64_t kShortRow = 32;       // rows below this length are handled as strided columns
+constexpr int64_t kShortSegment = 32;   // segments of rows below this length are handled as columns
+constexpr int64_t kShortRows = 64;      // short rows side by side
+constexpr int kKeptLanes = 4;           // of the sums over a short row, until all rows of a tile have theirs
 constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
 constexpr int64_t kLine = 64;           // bytes that memory delivers at once
 constexpr int64_t kAhead = 2048;        // bytes between an element and what is asked of memory meanwhile
@@ -61,6 +64,9 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
+// Rows below this length go in tiles, which pays as long as a tile stays in the nearer caches. Tiles of rows are not
+// advanced: they are combined, which reads them once more.
+template <class Formula> constexpr int64_t kShortRow = kAdvances<Formula> ? 32 : 256;
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
@@ -220,8 +226,8 @@ template <class Formula, class A, class F> WN_INLINE void for_residuals(const A*
 }
 
 template <class Formula, bool advance, class E>
-WN_CONTRACTED WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, Ahead ahead,
-                                                      const typename E::A* coefficients, typename E::A* sums) {
+WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_t end, Ahead ahead,
+                                        const typename E::A* coefficients, typename E::A* sums) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
@@ -480,13 +486,210 @@ template <class Formula, class E> void split_rows(const Problem<Formula>& proble
     });
 }
 
-// How a problem reads as a matrix of columns: element `o` of column `c` lies at c * step + o * stride, and row u owns
-// the columns [u * width, (u + 1) * width).
+// Adds the upper half of the lanes to the lower one until `kept` are left.
+template <int width, int kept, class A> WN_INLINE void fold(const A* lanes, A* to) {
+  if constexpr (width == kept) {
+    std::copy_n(lanes, kept, to);
+  } else {
+    A half[width / 2];
+#pragma omp simd
+    for (int lane = 0; lane < width / 2; ++lane) half[lane] = lanes[lane] + lanes[lane + width / 2];
+    fold<width / 2, kept>(half, to);
+  }
+}
+
+// sums[r] = the sum of the `width` lanes of row r, for a whole tile.
+template <int width, class A> WN_INLINE void sum_lanes(const A* lanes, A* sums) {
+  if constexpr (width == 1) {
+    std::copy_n(lanes, kShortRows, sums);
+  } else {
+    A pairs[kShortRows * width / 2];
+#pragma omp simd
+    for (int i = 0; i < kShortRows * width / 2; ++i) pairs[i] = lanes[2 * i] + lanes[2 * i + 1];
+    sum_lanes<width / 2>(pairs, sums);
+  }
+}
+
+// The Gram matrices of the short rows from element `begin` on. A row is read in chunks of `width` elements, of which
+// the last one ends where the row does: what it shares with the one before counts once. Where there are at most two
+// chunks, the sums stay in registers. Rows that a tile lacks are zero.
+template <int width, bool two_chunks, class Formula, class E>
+WN_INLINE void gram_of_short_rows(const E& elements, int64_t begin, int64_t length, int64_t rows,
+                                  typename E::A (*gram)[kShortRows]) {
+  using A = typename E::A;
+  constexpr int kept = std::min(width, kKeptLanes);
+  const int rest = length % width;
+  A lanes[kGram<Formula>][kShortRows * kept];
+  for (int64_t r = 0; r < rows; ++r, begin += length) {
+    A sums[kGram<Formula>][width];
+    const auto products = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
+      A x[Formula::inputs];
+      elements.load(i, x);
+      for_products<Formula>(x, add);
+    };
+    const auto ends = [&](int lane) __attribute__((always_inline)) {
+      products(begin + lane, [&](auto p, A product) __attribute__((always_inline)) { sums[p][lane] = product; });
+      products(begin + length - width + lane, [&](auto p, A product) __attribute__((always_inline)) {
+        sums[p][lane] += zero_unless(lane >= width - rest, product);
+      });
+    };
+    const auto between = [&](int64_t i, int lane) __attribute__((always_inline)) {
+      products(i + lane, [&](auto p, A product) __attribute__((always_inline)) { sums[p][lane] += product; });
+    };
+#pragma omp simd
+    for (int lane = 0; lane < width; ++lane) ends(lane);
+    if constexpr (!two_chunks)
+      for (int64_t i = width; i + width <= length; i += width) {
+#pragma omp simd
+        for (int lane = 0; lane < width; ++lane) between(begin + i, lane);
+      }
+    static_for<kGram<Formula>>([&](auto p) __attribute__((always_inline)) {
+      fold<width, kept>(sums[p], lanes[p] + r * kept);
+    });
+  }
+  for (int p = 0; p < kGram<Formula>; ++p) {
+    std::fill(lanes[p] + rows * kept, lanes[p] + kShortRows * kept, A(0));
+    sum_lanes<kept>(lanes[p], gram[p]);
+  }
+}
+
+template <int width, class Formula, class E>
+WN_INLINE void combine_short_row(const E& elements, int64_t begin, int64_t length, const typename E::A* c) {
+  using A = typename E::A;
+  struct Chunk { A y[kOutputs<Formula>][width]; };
+  const auto combine = [&](int64_t i, Chunk& chunk) __attribute__((always_inline)) {
+    const auto each = [&](int lane) __attribute__((always_inline)) {
+      A x[Formula::inputs], y[kOutputs<Formula>];
+      elements.load(i + lane, x);
+      Formula::combine(c, x, y);
+      static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { chunk.y[l][lane] = y[l]; });
+    };
+#pragma omp simd
+    for (int lane = 0; lane < width; ++lane) each(lane);
+  };
+  const auto store = [&](int64_t i, const Chunk& chunk) __attribute__((always_inline)) {
+    const auto each = [&](int lane) __attribute__((always_inline)) {
+      A y[kOutputs<Formula>];
+      static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { y[l] = chunk.y[l][lane]; });
+      elements.store(i + lane, y);
+    };
+#pragma omp simd
+    for (int lane = 0; lane < width; ++lane) each(lane);
+  };
+  Chunk chunk, last;
+  const bool rest = length % width > 0;
+  if (rest) combine(begin + length - width, last);  // before what it shares is overwritten
+  for (int64_t i = 0; i + width <= length; i += width) {
+    combine(begin + i, chunk);
+    store(begin + i, chunk);
+  }
+  if (rest) store(begin + length - width, last);
+}
+
+// Values and results of the rows of a tile, so that loops over them need not ask for the dtype. Rows that the tile lacks
+// are zero.
+template <class A> void read_rows(const RowValues& from, int64_t first, int64_t rows, A* to) {
+  std::fill_n(to, kShortRows, static_cast<A>(from.data == nullptr ? from.value : 0));
+  if (from.data == nullptr) return;
+  dispatch(from.type, [&](auto tag) {
+    const auto* const values = static_cast<const typename decltype(tag)::type*>(from.data) + first * from.stride;
+    for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<A>(widen(values[r * from.stride]));
+  });
+}
+template <class A> void write_rows(const RowResults& to, int64_t first, int64_t rows, const A* values) {
+  if (to.data == nullptr) return;
+  dispatch(to.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t r = 0; r < rows; ++r) static_cast<T*>(to.data)[first + r] = narrow<T>::from(values[r]);
+  });
+}
+
+// Gram matrices to coefficients for the rows of a tile side by side, and their results stored; false, and nothing is
+// stored, where one of them may have to be scaled.
+template <class Formula, class A>
+WN_INLINE bool solve_short_rows(Formula formula, int64_t first, int64_t rows, const A (*gram)[kShortRows],
+                                A (*c)[kShortRows]) {
+  constexpr int unscaled[Formula::inputs] = {};
+  A radius[kShortRows], results[kResults<Formula>][kShortRows];
+  int unsafe[kShortRows];
+  const auto solve = [&](const Formula& f, int64_t r) __attribute__((always_inline)) {
+    A row_gram[kGram<Formula>], row_c[kCoefficients<Formula>], result[kResults<Formula>];
+    static_for<kGram<Formula>>([&](auto p) __attribute__((always_inline)) { row_gram[p] = gram[p][r]; });
+    f.solve(r, row_gram, unscaled, row_c, result);
+    bool safe = f.exact(row_c);
+    static_for<Formula::gram_inputs>([&](auto k) __attribute__((always_inline)) {
+      safe &= safe_square(row_gram[k * (k + 1) / 2 + k]);
+    });
+    unsafe[r] = !safe;
+    static_for<Formula::coefficients>([&](auto q) __attribute__((always_inline)) { c[q][r] = row_c[q]; });
+    static_for<Formula::results>([&](auto q) __attribute__((always_inline)) { results[q][r] = result[q]; });
+  };
+  bool ewn = false;
+  if constexpr (requires { formula.radius; }) {
+    read_rows(formula.radius, first, rows, radius);
+    formula.radius = {radius, std::is_same_v<A, double> ? DType::f64 : DType::f32};
+    ewn = formula.kind == Kind::ewn;
+    if (!ewn) formula.kind = Kind::swn;  // a constant from here on: no call of exp is left in the loop
+  }
+  if (ewn) {
+    for (int64_t r = 0; r < rows; ++r) solve(formula, r);
+  } else {
+#pragma omp simd
+    for (int64_t r = 0; r < kShortRows; ++r) solve(formula, r);
+  }
+  if (std::count(unsafe, unsafe + rows, 0) < rows) return false;
+  if constexpr (Formula::results > 0) write_rows(formula.stored(), first, rows, results[0]);
+  return true;
+}
+
+template <int width, bool two_chunks, class Formula, class E>
+WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
+  using A = typename E::A;
+  const E elements(problem);
+  const int64_t length = problem.layout.inner;
+  for (int64_t tile = first; tile < last; tile += kShortRows) {
+    const int64_t rows = std::min(kShortRows, last - tile);
+    A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
+    gram_of_short_rows<width, two_chunks, Formula>(elements, tile * length, length, rows, gram);
+    bool solved = false, combine[kShortRows];
+    if constexpr (Formula::residuals == 0) solved = solve_short_rows(problem.formula, tile, rows, gram, c);
+    for (int64_t r = 0; r < rows && !solved; ++r) {
+      double sums[kGram<Formula>];
+      A coefficients[kCoefficients<Formula>];
+      for (int p = 0; p < kGram<Formula>; ++p) sums[p] = gram[p][r];
+      combine[r] = solve_row<false>(problem, elements, tile + r, Ahead{}, sums, coefficients);
+      for (int q = 0; q < Formula::coefficients; ++q) c[q][r] = coefficients[q];
+    }
+    if constexpr (Formula::outputs > 0) {
+      if (problem.out[0] == nullptr) continue;
+      for (int64_t r = 0; r < rows; ++r) {
+        A coefficients[kCoefficients<Formula>];
+        static_for<Formula::coefficients>([&](auto q) __attribute__((always_inline)) { coefficients[q] = c[q][r]; });
+        if (solved || combine[r])
+          combine_short_row<width, Formula>(elements, (tile + r) * length, length, coefficients);
+      }
+    }
+  }
+}
+
+template <class Formula, class E> void run_short_rows(const Problem<Formula>& problem) {
+  const int64_t length = problem.layout.inner;
+  at::parallel_for(0, problem.layout.rows, kGrain / length, [&](int64_t first, int64_t last) {
+    if constexpr (kShortRow<Formula> > 32)
+      if (length >= 32) return short_rows_in_range<16, false, Formula, E>(problem, first, last);
+    if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, first, last);
+    else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, first, last);
+    else short_rows_in_range<1, false, Formula, E>(problem, first, last);
+  });
+}
+
+// How a problem reads as a matrix of columns: element `o` of column `c` lies at c + o * stride, and row u owns the columns
+// [u * width, (u + 1) * width).
 struct Columns {
-  int64_t length, count, width, step, stride;
+  int64_t length, count, width, stride;
 };
 
-template <class Formula, class E, bool contiguous>
+template <class Formula, class E>
 WN_MULTIVERSION void reduce_columns(const E& elements, Columns m, int64_t c0, int64_t c1, int64_t o0, int64_t o1,
                                     typename E::A (*gram)[kTile]) {
   using A = typename E::A;
@@ -498,7 +701,7 @@ WN_MULTIVERSION void reduce_columns(const E& elements, Columns m, int64_t c0, in
     A products[kGram<Formula>][count];
     static_for<count>([&](auto r) __attribute__((always_inline)) {
       A x[Formula::inputs];
-      elements.load((c0 + c) * (contiguous ? 1 : m.step) + (o + r) * m.stride, x);
+      elements.load(c0 + c + (o + r) * m.stride, x);
       for_products<Formula>(x, [&](auto p, A product) __attribute__((always_inline)) { products[p][r] = product; });
     });
     static_for<kGram<Formula>>([&](auto p) __attribute__((always_inline)) {
@@ -520,14 +723,14 @@ WN_MULTIVERSION void reduce_columns(const E& elements, Columns m, int64_t c0, in
   }
 }
 
-template <class Formula, class E, bool contiguous>
+template <class Formula, class E>
 WN_MULTIVERSION void combine_columns(const E& elements, Columns m, int64_t c0, int64_t c1, int64_t o0, int64_t o1,
                                      const typename E::A (*coefficients)[kTile]) {
   using A = typename E::A;
   const int64_t width = c1 - c0;
   const auto combine = [&](int64_t c, int64_t o) __attribute__((always_inline)) {
     A x[Formula::inputs], y[kOutputs<Formula>], k[kCoefficients<Formula>];
-    const int64_t at = (c0 + c) * (contiguous ? 1 : m.step) + o * m.stride;
+    const int64_t at = c0 + c + o * m.stride;
     elements.load(at, x);
     static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { k[q] = coefficients[q][c]; });
     Formula::combine(k, x, y);
@@ -539,7 +742,7 @@ WN_MULTIVERSION void combine_columns(const E& elements, Columns m, int64_t c0, i
   }
 }
 
-template <class Formula, class E, bool contiguous>
+template <class Formula, class E>
 void run_columns(const Problem<Formula>& problem, Columns m) {
   using A = typename E::A;
   const E elements(problem);
@@ -552,8 +755,8 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
   const int64_t tile = std::max<int64_t>(1, wanted / m.width) * m.width;
   const int64_t tiles = (m.count + tile - 1) / tile, pieces = (m.length + kColumnPiece - 1) / kColumnPiece;
   const auto reduce = [&](int64_t t, int64_t piece, Grams& g) {
-    reduce_columns<Formula, E, contiguous>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), piece * kColumnPiece,
-                                           std::min(m.length, (piece + 1) * kColumnPiece), g.sum);
+    reduce_columns<Formula, E>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), piece * kColumnPiece,
+                               std::min(m.length, (piece + 1) * kColumnPiece), g.sum);
   };
   // Coefficients of all columns of a tile; a row that had to be scaled keeps its (already written) output, which is
   // possible only row by row, so then the tile is combined here and false is returned.
@@ -578,7 +781,7 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
         for (int64_t o = 0; o < m.length; ++o)
           for (int64_t i = 0; i < m.width; ++i) {
             A x[Formula::inputs], y[kOutputs<Formula>];
-            const int64_t at = (c + i) * m.step + o * m.stride;
+            const int64_t at = c + i + o * m.stride;
             elements.load(at, x);
             Formula::combine(coefficient, x, y);
             elements.store(at, y);
@@ -589,7 +792,7 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
   };
   const auto combine = [&](int64_t t, int64_t o0, int64_t o1, const Tile& in) {
     if constexpr (Formula::outputs > 0)
-      combine_columns<Formula, E, contiguous>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), o0, o1, in.c);
+      combine_columns<Formula, E>(elements, m, t * tile, std::min(m.count, (t + 1) * tile), o0, o1, in.c);
   };
   const auto add = [&](int64_t t, double (*sums)[kTile], const Grams& g, bool first_piece) {
     const int64_t width = std::min(m.count, (t + 1) * tile) - t * tile;
@@ -638,11 +841,10 @@ template <class Formula, class In, class Out> void run_typed(const Problem<Formu
   const Layout& layout = problem.layout;
   const int64_t length = layout.row_length();
   if (length == 0) return rows_in_range<Formula, E>(problem, 0, layout.rows);
-  if (layout.outer == 1 && length < kShortRow && layout.rows > 1)
-    return run_columns<Formula, E, false>(problem, {length, layout.rows, 1, length, 1});
-  if (layout.outer > 1 && layout.inner < kShortRow)
-    return run_columns<Formula, E, true>(problem, {layout.outer, layout.rows * layout.inner, layout.inner, 1,
-                                                   layout.rows * layout.inner});
+  if (layout.outer == 1 && length < kShortRow<Formula>) return run_short_rows<Formula, E>(problem);
+  if (layout.outer > 1 && layout.inner < kShortSegment)
+    return run_columns<Formula, E>(problem, {layout.outer, layout.rows * layout.inner, layout.inner,
+                                             layout.rows * layout.inner});
   if (layout.rows < 2 * at::get_num_threads() && layout.rows * length > kGrain) return split_rows<Formula, E>(problem);
   at::parallel_for(0, layout.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length)),
                    [&](int64_t first, int64_t last) { rows_in_range<Formula, E>(problem, first, last); });
