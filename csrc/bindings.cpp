@@ -99,7 +99,7 @@ void lists_sgd_(const StepLists& l, const Tensors& copies, const std::vector<dou
                 const std::optional<Tensor>& found_inf) {
   const Tensors weights = l.weights.tensors(), grads = l.params.grads();
   const py::gil_scoped_release no_gil;
-  const at::NoGradGuard no_grad;  // here it costs nothing; as a context of Python, a tenth of the step of a small weight
+  const at::NoGradGuard no_grad;  // as a context of Python it takes 3 us
   op::polar_sgd_(weights, grads, l.radius, l.norm, l.state[0], l.row_state[0], copies, l.telemetry, l.kind, l.dims,
                  numbers, as_list(number_tensors), nesterov, maximize, retraction, grad_scale, found_inf);
 }
@@ -110,7 +110,7 @@ void lists_adam_(const StepLists& l, const Tensors& copies, const std::vector<do
                  const std::optional<Tensor>& found_inf) {
   const Tensors weights = l.weights.tensors(), grads = l.params.grads();
   const py::gil_scoped_release no_gil;
-  const at::NoGradGuard no_grad;  // here it costs nothing; as a context of Python, a tenth of the step of a small weight
+  const at::NoGradGuard no_grad;  // as a context of Python it takes 3 us
   op::polar_adam_(weights, grads, l.radius, l.norm, l.state[0], l.state[1], l.state[2], l.row_state[0],
                   l.row_state[1], l.row_state[2], copies, l.telemetry, l.kind, l.dims, numbers, as_list(number_tensors),
                   decoupled, maximize, retraction, grad_scale, found_inf);

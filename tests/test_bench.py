@@ -210,6 +210,28 @@ def test_optimizers_and_steps_in_the_backward_run(monkeypatch, options):
         assert sum("bytes_per_element" in r for r in rows) >= 4
 
 
+def test_optimizers_share_their_memory():
+    """Weight, gradient and momentum of each lie where those of the first one do, and are still stepped there."""
+    torchs, ours, options = optimizers.OPTIMIZERS["SGD, momentum"][:3]
+    made = [make(lambda: torch.nn.Linear(1024, 1024, bias=False))[1]
+            for make in optimizers.providers(torchs, ours, options).values()]
+    steps = [training.timed("step", None, optimizer, None, None) for optimizer in made]
+    for step in steps:
+        step()
+    training.in_the_same_memory(made)
+
+    def tensors(optimizer):
+        (weight,) = (p for group in optimizer.param_groups for p in group["params"] if p.numel() == 2**20)
+        return weight, weight.grad, optimizer.state[weight]["momentum_buffer"]
+
+    assert len({tuple(t.data_ptr() for t in tensors(optimizer)) for optimizer in made}) == 1
+    momentum = tensors(made[0])[2]
+    for step in steps:
+        before = momentum.clone()
+        step()
+        assert not torch.equal(momentum, before)
+
+
 def test_digits_curves_and_verdicts(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(digits, "COMPARED", 20)

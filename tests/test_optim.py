@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import wnkernels
 from wnkernels import reference
@@ -703,7 +703,6 @@ def test_steps_show_in_profiles_and_to_hooks_of_all_optimizers(make):
         optimizer.step()
     assert f"Optimizer.step#{type(optimizer).__name__}.step" in {event.key for event in profile.key_averages()}
     assert all(p.requires_grad for p in model.parameters()) and torch.is_grad_enabled()
-
 
 
 def test_parameters_without_gradients_wait(make):
