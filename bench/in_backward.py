@@ -107,10 +107,9 @@ def bytes_of(table, width, batch):
 
 
 def run(table, width, batch, seconds, device="cpu", hide_launch=False):
-    calls = {}
-    for name in table:
-        arguments, options = parts(table, name, width, batch, device)
-        calls[name] = training.timed("full", *arguments, **options)
+    made = {name: parts(table, name, width, batch, device) for name in table}
+    training.in_the_same_memory(optimizer for (_, optimizer, _, _), _ in made.values())
+    calls = {name: training.timed("full", *arguments, **options) for name, (arguments, options) in made.items()}
     if 4 * width * width > harness.cache_bytes(device):
         source, target = (torch.randn(width, width, device=device) for _ in range(2))
         calls["copy"] = lambda: target.copy_(source)

@@ -37,16 +37,18 @@ def timed(mode, forward, optimizer, x, dy, *, set_to_none=True):
 
 
 def in_the_same_memory(optimizers):
-    """Lets the large tensors of several optimizers (weights, gradients, state) lie in the same memory, one set for all,
+    """Lets the largest weights of several optimizers, their gradients and state lie in the same memory, one set for all,
     so that they are compared on the same pages: which pages a tensor gets changes the time of a step by up to 10%.
 
-    Each optimizer has taken a step, on one weight of the same shape.
+    These weights have the same shape and the same values; gradient and state are what each has now. One that is stepped
+    inside its backward has had no step yet.
     """
     shared = []
     for optimizer in optimizers:
-        (weight,) = (p for group in optimizer.param_groups for p in group["params"] if p.numel() >= 2**20)
-        state = [t for t in optimizer.state[weight].values() if isinstance(t, torch.Tensor) and t.shape == weight.shape]
-        for i, tensor in enumerate([weight, *state, *([] if weight.grad is None else [weight.grad])]):
+        weight = max((p for group in optimizer.param_groups for p in group["params"]), key=torch.Tensor.numel)
+        state = optimizer.state.get(weight, {}).values()
+        alike = [t for t in state if isinstance(t, torch.Tensor) and t.shape == weight.shape]
+        for i, tensor in enumerate([weight, *alike, *([] if weight.grad is None else [weight.grad])]):
             if i == len(shared):
                 shared.append(tensor.data)
             tensor.data = shared[i]

@@ -8,8 +8,10 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include <algorithm>
 #include <memory>
+#include <mutex>
+#include <vector>
 
 #include "cpu/engine.h"
 #include "cpu/in_backward.h"
@@ -138,8 +140,15 @@ std::tuple<Tensor, Tensor> in_backward_linear(const Tensor& x, const Tensor& wei
   return {y, z};
 }
 
-// Whether a row is complete before u' is there.
-bool finished(const Arguments& a, const RowStep& step) { return !a.measure && !a.refresh && step.norm_known(); }
+// The rows that need the length of u'.
+struct Unfinished {
+  struct Row {
+    int64_t row;
+    RowStep step;
+  };
+  std::vector<Row> rows;
+  std::mutex writing;
+};
 
 // The scalar work of rows.
 template <class T> struct Prepare {
@@ -149,52 +158,62 @@ template <class T> struct Prepare {
   T *scale, *bias;
   T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
   int64_t row_stride, batch_stride;  // of these
-  T* kept;                           // by what u is multiplied before e^T x is added; null if not needed
-  RowStep* steps;
-  std::atomic<bool>* unfinished;  // whether a row is
+  T* kept;                           // by what u is multiplied before e^T x is added
+  Unfinished* unfinished;
 
-  // Rows from, ..., from + count - 1, at most kRows of them: so many that sums need not wait for each other. Loops of a
-  // fixed length would be unrolled, not vectorized, and the chains of divisions of two rows overlap in short loops alone.
+  // At a time, in short loops: each is vectorized, where a single one would be a chain of divisions and roots for each row.
   static constexpr int kRows = 64;
+
   WN_INLINE void operator()(int64_t from, int64_t count) const {
-    double inner[kRows] = {}, square[kRows] = {}, sum[kRows] = {};
-    for (int64_t b = 0; b < batch; ++b) {
-      const T* const g = dy + b * rows + from;
-      for (int64_t j = 0; j < count; ++j) sum[j] += g[j];
-      if (a.polar)
-        for (int64_t j = 0; j < count; ++j) inner[j] += double(g[j]) * double(z[b * rows + from + j]);
-      if (!gram) continue;
-      T form[kRows] = {};  // of dy^T gram dy one triangle, and half of the diagonal
-      for (int64_t c = 0; c <= b; ++c) {
-        const T factor = c < b ? gram[b * batch + c] : gram[b * batch + b] / 2;
-        for (int64_t j = 0; j < count; ++j) form[j] += factor * dy[c * rows + from + j];
-      }
-      for (int64_t j = 0; j < count; ++j) square[j] += 2 * double(g[j]) * double(form[j]);
-    }
+    double sum[kRows], inner[kRows], square[kRows];
+    cpu::LinearSums<T>{dy, z, gram, batch, rows, sum, inner, square}.run(from, from + count);
     if (bias)
       for (int64_t j = 0; j < count; ++j)
         bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
-    T old[kRows], factor[kRows];
-    for (int64_t j = 0; j < count && a.polar; ++j)
-      steps[from + j] = RowStep::of(a.state, from + j, a.sign * inner[j], gram ? square[j] : INFINITY);
-    for (int64_t j = 0; j < count; ++j) {
-      old[j] = a.polar ? scale[from + j] : T(1);
-      factor[j] = static_cast<T>(a.sign * (a.polar ? steps[from + j].factor : -a.state.lr));
-      if (kept)
-        kept[from + j] = static_cast<T>(a.polar ? steps[from + j].fold : 1 - a.state.lr * a.state.weight_decay);
+    T old_scale[kRows], factor[kRows];
+    for (int64_t j = 0; j < count; ++j) old_scale[j] = a.polar ? scale[from + j] : T(1);
+    if (a.polar) {
+      step(from, count, inner, gram ? square : nullptr, factor);
+    } else {
+      std::fill(factor, factor + count, static_cast<T>(-a.sign * a.state.lr));
+      std::fill(kept + from, kept + from + count, static_cast<T>(1 - a.state.lr * a.state.weight_decay));
     }
-    for (int64_t j = 0; j < count && a.polar; ++j)
-      if (finished(a, steps[from + j]))
-        scale[from + j] = static_cast<T>(steps[from + j].finish(a.state, from + j, -1));
-      else
-        unfinished->store(true, std::memory_order_relaxed);
     const auto write = [&](T* to, const T* factors) {
       for (int64_t b = 0; b < batch && to; ++b)
         for (int64_t j = 0; j < count; ++j)
           to[b * batch_stride + (from + j) * row_stride] = dy[b * rows + from + j] * factors[j];
     };
-    write(of_x, old);
+    write(of_x, old_scale);
     write(of_weight, factor);
+  }
+
+  // The steps of rows, and what follows from them now. square = |G|^2, or null; factor becomes that of dy in e.
+  WN_INLINE void step(int64_t from, int64_t count, const double* inner, const double* square, T* factor) const {
+    const RowState state = a.state;
+    RowStep step[kRows];
+    double s[kRows];
+    Row now[kRows];
+    const auto row = [&](int64_t j) __attribute__((always_inline)) {
+      return Row{state.rho[from + j], state.norm[from + j], state.radius[from + j], s[j]};
+    };
+    for (int64_t j = 0; j < count; ++j) s[j] = signed_radius(state.kind, state.radius[from + j]);
+    for (int64_t j = 0; j < count; ++j)
+      step[j] = RowStep::of(state, row(j), a.sign * inner[j], square ? square[j] : double(INFINITY));
+    for (int64_t j = 0; j < count; ++j) {
+      state.radius[from + j] = step[j].radius;
+      kept[from + j] = static_cast<T>(step[j].fold);
+      factor[j] = static_cast<T>(a.sign * step[j].factor);
+    }
+    for (int64_t j = 0; j < count; ++j) s[j] = signed_radius(state.kind, state.radius[from + j]);
+    for (int64_t j = 0; j < count; ++j) now[j] = step[j].finished(state, row(j), -1);
+    std::unique_lock<std::mutex> lock(unfinished->writing, std::defer_lock);
+    for (int64_t j = 0; j < count; ++j)
+      if (a.measure || a.refresh || !step[j].norm_known()) {
+        if (!lock) lock.lock();
+        unfinished->rows.push_back({from + j, step[j]});
+      } else {
+        scale[from + j] = static_cast<T>(step[j].write(state, from + j, now[j]));
+      }
   }
 };
 
@@ -202,19 +221,20 @@ template <class T> WN_MULTIVERSION void prepare(const Prepare<T>& p, int64_t fir
   for (int64_t row = first; row < last; row += p.kRows) p(row, std::min<int64_t>(p.kRows, last - row));
 }
 
-// The rows that need the length of u'. It is measured here where squares are null, or one has lost bits.
-template <class T> void finish(const Arguments& a, const RowStep* steps, const double* squares) {
-  const int64_t rows = a.weight.size(0);
-  bool known = squares != nullptr;
-  for (int64_t u = 0; u < rows && known; ++u)
-    known = safe_square(static_cast<T>(squares[u])) || a.state.rho[u] == 0;
+// The length of u' is measured here where squares are null, or one has lost bits.
+template <class T> void finish(const Arguments& a, const std::vector<Unfinished::Row>& unfinished, const double* squares) {
+  const auto usable = [&](const Unfinished::Row& r) {
+    return safe_square(static_cast<T>(squares[r.row])) || a.state.rho[r.row] == 0;
+  };
+  const bool known = squares != nullptr && std::all_of(unfinished.begin(), unfinished.end(), usable);
   const Tensor length = known ? Tensor() : op::row_norm(a.weight, 0).to(at::kDouble);
   const double* const lengths = known ? nullptr : length.const_data_ptr<double>();
   T* const scale = a.scale.mutable_data_ptr<T>();
-  at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u)
-      if (!finished(a, steps[u]))
-        scale[u] = static_cast<T>(steps[u].finish(a.state, u, known ? std::sqrt(squares[u]) : lengths[u]));
+  at::parallel_for(0, unfinished.size(), 512, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto& [row, step] = unfinished[i];
+      scale[row] = static_cast<T>(step.finish(a.state, row, known ? std::sqrt(squares[row]) : lengths[row]));
+    }
   });
 }
 
@@ -224,25 +244,21 @@ template <class T> Tensor run(const Arguments& a) {
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
   const T *const x = a.x.const_data_ptr<T>(), *const dy = a.dy.const_data_ptr<T>();
   const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
-  const std::unique_ptr<RowStep[]> steps(a.polar ? new RowStep[rows] : nullptr);
   const std::unique_ptr<double[]> squares(small && (a.measure || a.refresh) ? new double[rows] : nullptr);
-  std::atomic<bool> unfinished = false;
+  Unfinished unfinished;
   Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept;
   if (a.polar && !a.measure) {
     gram = small ? at::empty({batch, batch}, a.x.options()) : at::mm(a.x, a.x.t());
-    if (small) cpu::LinearForward<T>{x, x, nullptr, nullptr, nullptr, data(gram), batch, batch, width}.run();
+    if (small) cpu::LinearGram<T>{x, data(gram), batch, width}.run();
   }
-  if (small) {
-    of_x = a.need_x ? at::empty({rows, batch}, a.x.options()) : Tensor();
-    of_weight = at::empty({rows, batch}, a.x.options());
-    kept = at::empty({rows}, a.x.options());
-  } else if (a.polar) {
-    of_x = a.need_x ? at::empty_like(a.dy) : Tensor();
-    of_weight = at::empty_like(a.dy);
+  if (small || a.polar) {
+    of_weight = small ? at::empty({rows, batch}, a.x.options()) : at::empty_like(a.dy);
+    of_x = a.need_x ? at::empty_like(of_weight) : Tensor();
   }
   if (small || a.polar || a.bias.defined()) {
+    kept = at::empty({rows}, a.x.options());
     const Prepare<T> job{a, rows, batch, dy, z, data(gram), data(a.scale), data(a.bias), data(of_x), data(of_weight),
-                         small ? batch : 1, small ? 1 : rows, data(kept), steps.get(), &unfinished};
+                         small ? batch : 1, small ? 1 : rows, data(kept), &unfinished};
     for_parts(rows, batch, [&](int64_t first, int64_t last) { prepare(job, first, last); });
   }
   if (small) {
@@ -252,13 +268,13 @@ template <class T> Tensor run(const Arguments& a) {
   } else {
     if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
     for (int64_t u = 0; u < rows && a.polar; ++u)
-      if (steps[u].fold != 1) a.weight.select(0, u).mul_(steps[u].fold);
+      if (const T factor = data(kept)[u]; factor != 1) a.weight.select(0, u).mul_(factor);
     if (a.polar)
       a.weight.addmm_(of_weight.t(), a.x);
     else
       a.weight.addmm_(a.dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
   }
-  if (unfinished) finish<T>(a, steps.get(), squares.get());
+  if (!unfinished.rows.empty()) finish<T>(a, unfinished.rows, squares.get());
   return dx;
 }
 

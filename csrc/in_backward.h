@@ -13,67 +13,86 @@
 
 namespace wn {
 
+// A row of what the step keeps.
+struct Row {
+  double rho, norm, radius, s;  // s: the signed radius
+  WN_INLINE double scale() const { return zero_unless(rho != 0, s * rho / norm); }
+};
+
 // What the step keeps of the rows; null pointers where the layer is plain.
 struct RowState {
   double *rho, *radius, *norm, *telemetry;
   Kind kind;
   bool keep_norm, one_column;
   double lr, radius_lr, weight_decay, radius_weight_decay;
+
+  WN_INLINE Row at(int64_t row) const {
+    return {rho[row], norm[row], radius[row], signed_radius(kind, radius[row])};
+  }
 };
 
-// A row between the product that needs its old state and the norm that completes its new one.
+// A row between the product that needs its old state and the norm that completes its new one. Its formulas are free of
+// branches, which would keep loops over rows from being vectorized.
 struct RowStep {
-  double s, n;      // s', and n' by |G|^2, or infinite where that left the range
-  double along;     // of v' along v
-  double fold;      // u is multiplied by it first
-  double rho;       // rho'
-  double factor;    // of dy in e
+  double radius;     // g' or alpha'
+  double n;          // n' by |G|^2, or infinite where that left the range
+  double along;      // of v' along v
+  double fold;       // u is multiplied by it first
+  double rho;        // rho'
+  double factor;     // of dy in e
+  double p, across;  // <G, v>/n and |G - p v/n|^2
 
   WN_INLINE bool norm_known() const { return ::fabs(n) <= limits<double>::largest; }
 
-  // inner = <G, u>, square = |G|^2, infinite or not a number where it left the range
-  static WN_INLINE RowStep of(const RowState& state, int64_t row, double inner, double square) {
-    const double rho = state.rho[row], n = state.norm[row], r = state.radius[row];
-    RowStep x{0, n, n, 1, rho, 0};
-    if (rho == 0) return x;  // the row was zero when it was last taken from the weight: it has no direction
-    const double s = signed_radius(state.kind, r), k = state.one_column ? 0 : s / n, p = rho / n * inner;
-    const double r_new =
-        state.kind == Kind::unit
-            ? r
-            : r - state.radius_lr * ((state.kind == Kind::ewn ? s * p : p) + state.radius_weight_decay * r);
-    const double kept = 1 - state.lr * state.weight_decay, rate = state.lr * k;
-    const double rest = square - p * p, tangential = rest <= 0 ? 0 : rest > 0 ? rest : INFINITY;  // |G - p v/n|^2
-    state.radius[row] = r_new;
-    x.s = signed_radius(state.kind, r_new);
-    x.along = kept * n;
-    x.n = ::sqrt(x.along * x.along + rate * tangential * rate);
-    x.rho = (kept + rate * p / n) * rho;
-    if (!(::fabs(x.rho) >= 0.5 && ::fabs(x.rho) <= 2)) {
-      x.fold = x.rho;
-      x.rho = 1;
-    }
-    x.factor = -rate / x.rho;
-    if (state.telemetry != nullptr) {
-      double* const t = state.telemetry + 5 * row;
-      t[0] = x.s;
-      t[2] = p;
-      t[3] = ::sqrt(tangential);
-      t[4] = ::atan2(::fabs(rate * t[3]), x.along);
-    }
+  // inner = <G, u>, square = |G|^2, infinite or not a number where it left the range. A row that was zero when it was last
+  // taken from the weight, with rho = 0, has no direction and stays as it is.
+  static WN_INLINE RowStep of(const RowState& state, const Row& old, double inner, double square) {
+    const bool exists = old.rho != 0;
+    const double kept = 1 - state.lr * state.weight_decay;
+    const double rate = zero_unless(exists & !state.one_column, state.lr * (old.s / old.norm));
+    RowStep x;
+    x.p = zero_unless(exists, old.rho / old.norm * inner);
+    const double gradient = (state.kind == Kind::ewn ? old.s * x.p : x.p) + state.radius_weight_decay * old.radius;
+    x.radius = old.radius - zero_unless(exists & (state.kind != Kind::unit), state.radius_lr * gradient);
+    const double rest = square - x.p * x.p;
+    x.across = rest <= 0 ? 0 : rest > 0 ? rest : INFINITY;
+    x.along = kept * old.norm;
+    x.n = ::sqrt(x.along * x.along + rate * x.across * rate);
+    const double rho = (kept + rate * x.p / old.norm) * old.rho;
+    const bool folds = exists & !((::fabs(rho) >= 0.5) & (::fabs(rho) <= 2));
+    x.fold = folds ? rho : 1;
+    x.rho = folds ? 1 : zero_unless(exists, rho);
+    x.factor = zero_unless(exists, -rate / x.rho);
     return x;
   }
 
-  // length = |u'| where it was measured, or negative. Returns the new scale.
+  // The new state of `old`, whose radius is the new one. length = |u'| where it was measured, or negative.
+  WN_INLINE Row finished(const RowState& state, const Row& old, double length) const {
+    const bool measured = length >= 0;
+    const double free = norm_known() ? n : ::fabs(rho) * length, norm = state.keep_norm ? old.norm : free;
+    const double relative = state.keep_norm ? ::fabs(rho) * (norm / free) : ::fabs(rho);
+    const bool exists = (old.rho != 0) & ((measured ? length : free) > 0) & (norm != 0);
+    const double left = ::copysign(measured ? norm / length : relative, rho);
+    return {zero_unless(exists, left), old.rho != 0 ? norm : old.norm, old.radius, old.s};
+  }
+
+  // Writes what a row is now, its new radius aside, and its telemetry; returns its scale. A row without a direction keeps
+  // its telemetry.
+  WN_INLINE double write(const RowState& state, int64_t row, const Row& now) const {
+    state.rho[row] = now.rho;
+    state.norm[row] = now.norm;
+    if (state.telemetry != nullptr && rho != 0) {
+      double* const t = state.telemetry + 5 * row;
+      t[0] = now.s;
+      t[1] = now.norm;
+      t[2] = p;
+      t[3] = ::sqrt(across);
+      t[4] = ::atan2(::fabs(factor * rho * t[3]), along);
+    }
+    return now.scale();
+  }
   WN_INLINE double finish(const RowState& state, int64_t row, double length) const {
-    if (state.rho[row] == 0) return 0;
-    const double free = norm_known() ? n : ::fabs(rho) * length;
-    const double n_new = state.keep_norm ? state.norm[row] : free;
-    const bool measured = length >= 0, lost = !((measured ? length : free) > 0) || n_new == 0;
-    const double size = measured ? n_new / length : state.keep_norm ? ::fabs(rho) * (n_new / free) : ::fabs(rho);
-    state.rho[row] = lost ? 0 : ::copysign(size, rho);
-    state.norm[row] = n_new;
-    if (state.telemetry != nullptr) state.telemetry[5 * row + 1] = n_new;
-    return lost ? 0 : s * state.rho[row] / n_new;
+    return write(state, row, finished(state, state.at(row), length));
   }
 };
 

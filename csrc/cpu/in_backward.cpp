@@ -33,10 +33,16 @@ template <class T> struct Scratch {
 template <class T, int bytes> struct Simd {
   typedef T V __attribute__((vector_size(bytes)));
   typedef T Unaligned __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
+  typedef double Wide __attribute__((vector_size(bytes)));
+  typedef T Narrow __attribute__((vector_size(bytes / sizeof(double) * sizeof(T)), aligned(alignof(T)), may_alias));
   static constexpr int lanes = bytes / sizeof(T), panel = 2 * lanes, tile = bytes == 64 ? 8 : 4;
+  static constexpr int wide_lanes = bytes / sizeof(double);
 
   static WN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static WN_INLINE void store(T* p, const V& v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static WN_INLINE Wide widen(const T* p) {
+    return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Wide);
+  }
 };
 
 // sum = sums of neighbours, of a and then of b.
@@ -117,35 +123,36 @@ template <class S, class T> WN_INLINE void pack(const T* from, int64_t stride, i
   }
 }
 
-// Rows of u between the product that reads them and the one that updates them.
+// Rows of a panel of u, which stays in L1 between the product that reads it and the one that updates it.
 constexpr int64_t kBlock = 32;
 
 template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, int64_t first, int64_t last) {
   constexpr int64_t P = S::panel;
   const int64_t count = last - first, panels = (count + P - 1) / P, batch = p.batch;
-  const Scratch<T> memory((2 * batch + kBlock) * panels * P);
+  const Scratch<T> memory(2 * batch * panels * P + kBlock * P);
   T *const x = memory.data(), *const dx = x + batch * panels * P, *const u = dx + batch * panels * P;
   typename S::V sums[kBlock];
   pack<S>(p.x + first, p.width, batch, count, x);
   if (p.dx) std::fill(dx, u, T(0));
   for (int64_t row = 0; row < p.rows; row += kBlock) {
     const int64_t rows = std::min(kBlock, p.rows - row), after = std::min(kBlock, p.rows - row - rows);
-    pack<S>(p.u + row * p.width + first, p.width, rows, count, u);
     std::fill(sums, sums + kBlock, typename S::V{});
     for (int64_t c = 0; c < panels; ++c) {
       const int64_t at = row * p.width + first + c * P, width = std::min(P, count - c * P);
-      T* const in = u + c * rows * P;
-      for (int64_t r = 0; r < after; ++r)  // the next block, in runs too short for the hardware to foresee
-        for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(p.u + at + (rows + r) * p.width + i);
+      const bool turns = c + 1 == panels;  // to the next block; the hardware does not foresee runs as short as a panel's
+      const T* const next = turns ? p.u + (row + rows) * p.width + first : p.u + at + P;
+      for (int64_t r = 0; r < (turns ? after : rows); ++r)
+        for (int64_t i = 0; i < P; i += 64 / sizeof(T)) __builtin_prefetch(next + r * p.width + i, 0, 2);
+      pack<S>(p.u + at, p.width, rows, width, u);
       if (p.dx) {
         T* const d = dx + c * batch * P;
-        add_products<S, true, T>(batch, d, nullptr, d, P, p.a + row * batch, batch, in, rows);
+        add_products<S, true, T>(batch, d, nullptr, d, P, p.a + row * batch, batch, u, rows);
       }
       const bool whole = width == P;
-      add_products<S, false, T>(rows, in, p.kept + row, whole ? p.updated + at : in, whole ? p.width : P,
+      add_products<S, false, T>(rows, u, p.kept + row, whole ? p.updated + at : u, whole ? p.width : P,
                                 p.e + row * batch, batch, x + c * batch * P, batch, p.squares ? sums : nullptr);
       for (int64_t r = 0; r < rows && !whole; ++r)
-        std::copy(in + r * P, in + r * P + width, p.updated + at + r * p.width);
+        std::copy(u + r * P, u + r * P + width, p.updated + at + r * p.width);
     }
     for (int64_t r = 0; r < rows && p.squares; r += S::lanes) {
       sum_lanes<S>(sums + r);
@@ -197,9 +204,9 @@ WN_INLINE void add_inner(const T* u, const T* x, int64_t stride, int64_t k, type
     for (int i = 0; i < m; ++i) sums[j * m + i] = sum[j][i];
 }
 
-// Rows row..row + m - 1 of u and up to kBatch of x.
+// z (batch, kRows) = the products of rows row..row + m - 1 of u with `batch`, at most kBatch, of x.
 template <class S, int m, class T>
-WN_INLINE void forward_tile(const LinearForward<T>& p, int64_t row, int64_t first, int64_t batch) {
+WN_INLINE void forward_tile(const LinearForward<T>& p, int64_t row, int64_t first, int64_t batch, T* z) {
   typename S::V sums[kBatch * m];
   for (int64_t i = 0; i < batch * m || i % S::lanes; ++i) sums[i] = typename S::V{};
   const T *const u = p.u + row * p.width, *const x = p.x + first * p.width;
@@ -213,28 +220,92 @@ WN_INLINE void forward_tile(const LinearForward<T>& p, int64_t row, int64_t firs
     tiles(std::integral_constant<int, 2>{});
     tiles(std::integral_constant<int, 1>{});
   }
-  T z[kBatch * m];
+  T added[kBatch * m];
   for (int64_t i = 0; i < batch * m; i += S::lanes) {
     sum_lanes<S>(sums + i);
-    S::store(z + i, sums[i]);
+    S::store(added + i, sums[i]);
   }
   for (int64_t b = 0; b < batch; ++b)
-    for (int i = 0; i < m; ++i) {
-      const int64_t at = (first + b) * p.rows + row + i;
-      if (p.z) p.z[at] = z[b * m + i];
-      p.y[at] = z[b * m + i] * (p.scale ? p.scale[row + i] : T(1)) + (p.bias ? p.bias[row + i] : T(0));
-    }
+    for (int i = 0; i < m; ++i) z[b * kRows + i] = added[b * m + i];
 }
 
 template <class S, class T> WN_INLINE void forward_rows(const LinearForward<T>& p, int64_t first, int64_t last) {
   constexpr int m = 4;
-  for (int64_t row = first; row < last; row += kRows)
-    for (int64_t b = 0; b < p.batch; b += kBatch) {
-      const int64_t end = std::min(row + kRows, last), batch = std::min(kBatch, p.batch - b);
-      int64_t r = row;
-      for (; r + m <= end; r += m) forward_tile<S, m>(p, r, b, batch);
-      for (; r < end; ++r) forward_tile<S, 1>(p, r, b, batch);
+  T z[kBatch * kRows], scale[kRows], bias[kRows];
+  for (int64_t row = first; row < last; row += kRows) {
+    const int64_t rows = std::min(kRows, last - row);
+    for (int64_t i = 0; i < rows; ++i) {
+      scale[i] = p.scale ? p.scale[row + i] : T(1);
+      bias[i] = p.bias ? p.bias[row + i] : T(0);
     }
+    for (int64_t b = 0; b < p.batch; b += kBatch) {
+      const int64_t batch = std::min(kBatch, p.batch - b);
+      int64_t r = 0;
+      for (; r + m <= rows; r += m) forward_tile<S, m>(p, row + r, b, batch, z + r);
+      for (; r < rows; ++r) forward_tile<S, 1>(p, row + r, b, batch, z + r);
+      for (int64_t n = 0; n < batch; ++n) {  // whole cache lines, where the tiles have parts of them
+        const T* const from = z + n * kRows;
+        const int64_t at = (b + n) * p.rows + row;
+        if (p.z) std::copy(from, from + rows, p.z + at);
+        for (int64_t i = 0; i < rows; ++i) p.y[at + i] = from[i] * scale[i] + bias[i];
+      }
+    }
+  }
+}
+
+// Rows first..last - 1 up to the diagonal, and their mirror image.
+template <class S, class T> WN_INLINE void gram_rows(const LinearGram<T>& p, int64_t first, int64_t last) {
+  const LinearForward<T> products{p.x, p.x, nullptr, nullptr, nullptr, nullptr, p.batch, p.batch, p.width};
+  T z[kBatch * kRows];
+  const auto tile = [&](int64_t row, auto m) __attribute__((always_inline)) {
+    for (int64_t b = 0; b < row + m; b += kBatch) {
+      const int64_t batch = std::min(kBatch, row + m - b);
+      forward_tile<S, m>(products, row, b, batch, z);
+      for (int64_t n = 0; n < batch; ++n)
+        for (int64_t i = 0; i < m; ++i)
+          p.gram[(row + i) * p.batch + b + n] = p.gram[(b + n) * p.batch + row + i] = z[n * kRows + i];
+    }
+  };
+  int64_t row = first;
+  for (; row + 4 <= last; row += 4) tile(row, std::integral_constant<int, 4>{});
+  for (; row < last; ++row) tile(row, std::integral_constant<int, 1>{});
+}
+
+template <class S, class T> WN_INLINE void sum_rows(const LinearSums<T>& p, int64_t first, int64_t last) {
+  constexpr int P = S::panel, vectors = P / S::wide_lanes;
+  const int64_t part = p.gram ? p.batch : std::min(p.batch, kBatch), size = part * P;
+  const Scratch<T> memory(3 * size);
+  T *const dy = memory.data(), *const z = dy + size, *const form = z + size;
+  for (int64_t row = first; row < last; row += P) {
+    const int64_t count = std::min<int64_t>(P, last - row);
+    typename S::Wide of_dy[vectors] = {}, of_dy_z[vectors] = {}, of_form[vectors] = {};
+    for (int64_t b = 0; b < p.batch; b += part) {
+      const int64_t batch = std::min(part, p.batch - b);
+      pack<S>(p.dy + b * p.rows + row, p.rows, batch, count, dy);
+      if (p.z) pack<S>(p.z + b * p.rows + row, p.rows, batch, count, z);
+      if (p.gram) {
+        std::fill(form, form + size, T(0));
+        add_products<S, false, T>(batch, form, nullptr, form, P, p.gram, batch, dy, batch);
+      }
+      for (int64_t at = 0; at < batch * P; at += P)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+          const int64_t column = at + i * S::wide_lanes;
+          const typename S::Wide g = S::widen(dy + column);
+          of_dy[i] += g;
+          if (p.z) of_dy_z[i] += g * S::widen(z + column);
+          if (p.gram) of_form[i] += g * S::widen(form + column);
+        }
+    }
+    const auto write = [&](const typename S::Wide* sums, double* to) __attribute__((always_inline)) {
+      double values[P];
+      std::memcpy(values, sums, sizeof(values));
+      std::copy(values, values + count, to + (row - first));
+    };
+    write(of_dy, p.of_dy);
+    write(of_dy_z, p.of_dy_z);
+    write(of_form, p.of_form);
+  }
 }
 
 template <class T, int bytes> WN_INLINE void part_of(const LinearForward<T>& p, int64_t first, int64_t last) {
@@ -243,8 +314,14 @@ template <class T, int bytes> WN_INLINE void part_of(const LinearForward<T>& p, 
 template <class T, int bytes> WN_INLINE void part_of(const LinearStep<T>& p, int64_t first, int64_t last) {
   step_columns<Simd<T, bytes>>(p, first, last);
 }
+template <class T, int bytes> WN_INLINE void part_of(const LinearGram<T>& p, int64_t first, int64_t last) {
+  gram_rows<Simd<T, bytes>>(p, first, last);
+}
+template <class T, int bytes> WN_INLINE void part_of(const LinearSums<T>& p, int64_t first, int64_t last) {
+  sum_rows<Simd<T, bytes>>(p, first, last);
+}
 
-// Rows first..last - 1 of the forward, or columns of the step, with the widest vectors of this machine.
+// Rows first..last - 1 of the forward, the Gram matrix or the sums, or columns of the step, with the widest vectors of this machine.
 template <class Problem> using Part = void (*)(const Problem&, int64_t first, int64_t last);
 
 template <class T, template <class> class Problem>
@@ -298,9 +375,24 @@ template <class T> void LinearStep<T>::run() const {
   }
 }
 
+template <class T> void LinearGram<T>::run() const {
+  const auto gram_of = part<T, wn::cpu::LinearGram>();
+  at::parallel_for(0, (batch + kRows - 1) / kRows, 1 + 2048 / (1 + batch * width), [&](int64_t begin, int64_t end) {
+    gram_of(*this, begin * kRows, std::min(batch, end * kRows));
+  });
+}
+
+template <class T> void LinearSums<T>::run(int64_t first, int64_t last) const {
+  part<T, wn::cpu::LinearSums>()(*this, first, last);
+}
+
 template struct LinearForward<float>;
 template struct LinearForward<double>;
 template struct LinearStep<float>;
 template struct LinearStep<double>;
+template struct LinearGram<float>;
+template struct LinearGram<double>;
+template struct LinearSums<float>;
+template struct LinearSums<double>;
 
 }  // namespace wn::cpu

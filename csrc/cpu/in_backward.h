@@ -29,4 +29,23 @@ template <class T> struct LinearStep {
   void run() const;
 };
 
+// gram = x x^T. x (batch, width), gram (batch, batch).
+template <class T> struct LinearGram {
+  const T* x;
+  T* gram;
+  int64_t batch, width;
+
+  void run() const;
+};
+
+// The sums over the batch of dy, dy z and dy (gram dy) for rows first..last - 1, into arrays that begin with the row
+// `first`. dy, z (batch, rows), gram (batch, batch); z and gram may be null, and their sums are zero then.
+template <class T> struct LinearSums {
+  const T *dy, *z, *gram;
+  int64_t batch, rows;
+  double *of_dy, *of_dy_z, *of_form;
+
+  void run(int64_t first, int64_t last) const;
+};
+
 }  // namespace wn::cpu

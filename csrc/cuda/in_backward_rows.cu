@@ -57,9 +57,11 @@ template <class T> WN_DEVICE void step_row(const RowsInBackward& job, int64_t ro
     T& bias = static_cast<T*>(job.bias)[row];
     bias -= static_cast<T>(job.bias_lr * (job.sign * sum[of_bias] + job.bias_weight_decay * bias));
   }
-  if (job.state.rho != nullptr)
-    Scratch(job).step[row] =
-        RowStep::of(job.state, row, job.sign * sum[inner], job.known ? sum[square] : double(INFINITY));
+  if (job.state.rho == nullptr) return;
+  const RowStep step =
+      RowStep::of(job.state, job.state.at(row), job.sign * sum[inner], job.known ? sum[square] : double(INFINITY));
+  job.state.radius[row] = step.radius;
+  Scratch(job).step[row] = step;
 }
 
 template <class T>
