@@ -41,7 +41,9 @@ constexpr int64_t kColumnPiece = 256;   // the same along a column
 constexpr int64_t kTile = 512;          // columns side by side, at most
 constexpr int64_t kTileBytes = 1 << 18; // a tile and all its inputs stay in L2 between reading and writing
 constexpr int64_t kShortSegment = 32;   // segments of rows below this length are handled as columns
-constexpr int64_t kShortRows = 64;      // short rows side by side
+constexpr int64_t kShortRows = 64;      // short rows side by side, at most
+constexpr int64_t kShortBytes = 16384;   // and as many as stay in L1 between reading and writing
+constexpr int64_t kSolved = 16;         // of them are solved at a time
 constexpr int kKeptLanes = 4;           // of the sums over a short row, until all rows of a tile have theirs
 constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
 constexpr int64_t kLine = 64;           // bytes that memory delivers at once
@@ -67,6 +69,13 @@ template <class Formula> constexpr bool kAdvances = requires { &Formula::templat
 // Rows below this length go in tiles, which pays as long as a tile stays in the nearer caches. Tiles of rows are not
 // advanced: they are combined, which reads them once more.
 template <class Formula> constexpr int64_t kShortRow = kAdvances<Formula> ? 32 : 256;
+// In a cache longer ones too, unless they are solved one by one; from memory these are quicker with what `Ahead` asks for.
+constexpr int64_t kCachedRow = 1024, kLastCache = 1 << 23;
+template <class Formula, class E> bool in_tiles(const Layout& layout) {
+  const int64_t length = layout.inner;
+  if (layout.outer > 1 || length >= kCachedRow) return false;
+  return length < kShortRow<Formula> || (Formula::residuals == 0 && layout.rows * length * E::bytes <= kLastCache);
+}
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
@@ -514,21 +523,23 @@ template <int width, int kept, class A> WN_INLINE void fold(const A* lanes, A* t
   }
 }
 
-// sums[r] = the sum of the `width` lanes of row r, for a whole tile.
+// sums[r] = the sum of the `width` lanes of row r, for kSolved rows.
 template <int width, class A> WN_INLINE void sum_lanes(const A* lanes, A* sums) {
   if constexpr (width == 1) {
-    std::copy_n(lanes, kShortRows, sums);
+    std::copy_n(lanes, kSolved, sums);
   } else {
-    A pairs[kShortRows * width / 2];
+    A pairs[kSolved * width / 2];
 #pragma omp simd
-    for (int i = 0; i < kShortRows * width / 2; ++i) pairs[i] = lanes[2 * i] + lanes[2 * i + 1];
+    for (int i = 0; i < kSolved * width / 2; ++i) pairs[i] = lanes[2 * i] + lanes[2 * i + 1];
     sum_lanes<width / 2>(pairs, sums);
   }
 }
 
+WN_INLINE int64_t whole(int64_t rows) { return (rows + kSolved - 1) / kSolved * kSolved; }
+
 // The Gram matrices of the short rows from element `begin` on. A row is read in chunks of `width` elements, of which
 // the last one ends where the row does: what it shares with the one before counts once. Where there are at most two
-// chunks, the sums stay in registers. Rows that a tile lacks are zero.
+// chunks, the sums stay in registers. Rows that the last kSolved lack are zero.
 template <int width, bool two_chunks, class Formula, class E>
 WN_INLINE void gram_of_short_rows(const E& elements, int64_t begin, int64_t length, int64_t rows,
                                   typename E::A (*gram)[kShortRows]) {
@@ -564,8 +575,8 @@ WN_INLINE void gram_of_short_rows(const E& elements, int64_t begin, int64_t leng
     });
   }
   for (int p = 0; p < kGram<Formula>; ++p) {
-    std::fill(lanes[p] + rows * kept, lanes[p] + kShortRows * kept, A(0));
-    sum_lanes<kept>(lanes[p], gram[p]);
+    std::fill(lanes[p] + rows * kept, lanes[p] + whole(rows) * kept, A(0));
+    for (int64_t r = 0; r < rows; r += kSolved) sum_lanes<kept>(lanes[p] + r * kept, gram[p] + r);
   }
 }
 
@@ -602,10 +613,10 @@ WN_INLINE void combine_short_row(const E& elements, int64_t begin, int64_t lengt
   if (rest) store(begin + length - width, last);
 }
 
-// Values and results of the rows of a tile, so that loops over them need not ask for the dtype. Rows that the tile lacks
-// are zero.
+// Values and results of the rows of a tile, so that loops over them need not ask for the dtype. Rows that the last kSolved
+// lack are zero.
 template <class A> void read_rows(const RowValues& from, int64_t first, int64_t rows, A* to) {
-  std::fill_n(to, kShortRows, static_cast<A>(from.data == nullptr ? from.value : 0));
+  std::fill_n(to, whole(rows), static_cast<A>(from.data == nullptr ? from.value : 0));
   if (from.data == nullptr) return;
   dispatch(from.type, [&](auto tag) {
     const auto* const values = static_cast<const typename decltype(tag)::type*>(from.data) + first * from.stride;
@@ -650,8 +661,10 @@ WN_INLINE bool solve_short_rows(Formula formula, int64_t first, int64_t rows, co
   if (ewn) {
     for (int64_t r = 0; r < rows; ++r) solve(formula, r);
   } else {
+    for (int64_t r = 0; r < rows; r += kSolved) {
 #pragma omp simd
-    for (int64_t r = 0; r < kShortRows; ++r) solve(formula, r);
+      for (int64_t lane = 0; lane < kSolved; ++lane) solve(formula, r + lane);
+    }
   }
   if (std::count(unsafe, unsafe + rows, 0) < rows) return false;
   if constexpr (Formula::results > 0) write_rows(formula.stored(), first, rows, results[0]);
@@ -663,8 +676,9 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_
   using A = typename E::A;
   const E elements(problem);
   const int64_t length = problem.layout.inner;
-  for (int64_t tile = first; tile < last; tile += kShortRows) {
-    const int64_t rows = std::min(kShortRows, last - tile);
+  const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), 4, kShortRows);
+  for (int64_t tile = first; tile < last; tile += most) {
+    const int64_t rows = std::min(most, last - tile);
     A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
     gram_of_short_rows<width, two_chunks, Formula>(elements, tile * length, length, rows, gram);
     bool solved = false, combine[kShortRows];
@@ -857,7 +871,7 @@ template <class Formula, class In, class Out> void run_typed(const Problem<Formu
   const Layout& layout = problem.layout;
   const int64_t length = layout.row_length();
   if (length == 0) return rows_in_range<Formula, E>(problem, 0, layout.rows);
-  if (layout.outer == 1 && length < kShortRow<Formula>) return run_short_rows<Formula, E>(problem);
+  if (in_tiles<Formula, E>(layout)) return run_short_rows<Formula, E>(problem);
   if (layout.outer > 1 && layout.inner < kShortSegment)
     return run_columns<Formula, E>(problem, {layout.outer, layout.rows * layout.inner, layout.inner,
                                              layout.rows * layout.inner});
