@@ -70,6 +70,18 @@ def assert_accurate(got, expected, scale, dtype, roundings):
     assert bool((error <= bound).all()), f"largest error over its bound: {(error / bound).max().item():.3g}"
 
 
+@pytest.mark.parametrize("width", [7, 255, 4103])  # tiles of rows, and rows that some processors round themselves
+def test_rounding_to_bfloat16_is_torchs(width):
+    v = torch.randn(64, width)
+    g = torch.logspace(-42, 37, 64).unsqueeze(1)  # subnormal and huge elements
+    expected = wF.weight_norm(v, g).bfloat16()
+    assert (expected[:8] != 0).any() and torch.equal(wF.weight_norm(v, g, out_dtype=torch.bfloat16), expected)
+    g[3] = math.nan
+    v[5, 2] = math.inf
+    low = wF.weight_norm(v, g, out_dtype=torch.bfloat16)
+    assert torch.equal(low.isnan(), wF.weight_norm(v, g).isnan()) and low[3].isnan().all() and not low[4].isnan().any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype,out_dtype", PAIRS)
 @pytest.mark.parametrize("shape,dim", SHAPES)

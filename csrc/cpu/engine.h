@@ -25,6 +25,11 @@
 #define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
+// A version of a function for the processors that round to bfloat16 themselves, which `hardware_bf16` recognizes.
+#if !defined(WN_ONE_VERSION) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WN_HARDWARE_BF16 __attribute__((target("arch=x86-64-v4")))
+#endif
+
 // For functions that only add up products, which are contracted to multiply-adds. Elsewhere compilers might contract two
 // instantiations of one formula differently, and outputs must not depend on the path taken.
 #if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
@@ -79,12 +84,39 @@ template <class Formula, class E> bool in_tiles(const Layout& layout) {
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
+// As narrow::from; to bfloat16 by the processor, which takes subnormal numbers for 0.
+template <class A, class T> WN_INLINE void narrow_lanes(const A* from, T* to) {
+#if defined(WN_HARDWARE_BF16)
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, bf16>) {
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef short Words __attribute__((vector_size(64)));
+    static_assert(kLanes * sizeof(float) == 2 * sizeof(Floats) && kLanes * sizeof(bf16) == sizeof(Words));
+    Floats low, high;
+    std::memcpy(&low, from, sizeof(low));
+    std::memcpy(&high, from + kLanes / 2, sizeof(high));
+    uint16_t subnormal_low, subnormal_high;
+    constexpr int is_subnormal = 0x20;
+    asm("vfpclassps %2, %1, %0" : "=k"(subnormal_low) : "v"(low), "i"(is_subnormal));
+    asm("vfpclassps %2, %1, %0" : "=k"(subnormal_high) : "v"(high), "i"(is_subnormal));
+    if (__builtin_expect(!(subnormal_low | subnormal_high), 1)) {
+      Words rounded;
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(high), "v"(low));
+      std::memcpy(to, &rounded, sizeof(rounded));
+      return;
+    }
+  }
+#endif
+#pragma omp simd
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = narrow<T>::from(from[lane]);
+}
+
 // Typed access to the elements of a problem, in the accumulator type.
 template <class Formula, class In, class Out> struct Elements;
 template <class Formula, class... I, class... O> struct Elements<Formula, Types<I...>, Types<O...>> {
   static_assert(sizeof...(I) == Formula::inputs && sizeof...(O) == Formula::outputs, "one type per operand");
   using A = std::conditional_t<(std::is_same_v<I, double> || ...), double, float>;
   static constexpr int64_t bytes = Types<I...>::bytes;
+  static constexpr bool stores_bf16 = (std::is_same_v<O, bf16> || ...);
 
   const void* in[Formula::inputs];
   void* out[kOutputs<Formula>];
@@ -95,6 +127,12 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
   template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
   template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
+  // y[l][lane] to element i + lane of output l.
+  WN_INLINE void store_lanes(int64_t i, const A (*y)[kLanes]) const {
+    static_for<sizeof...(O)>([&](auto l) __attribute__((always_inline)) {
+      narrow_lanes(y[l], static_cast<std::tuple_element_t<l, std::tuple<O...>>*>(out[l]) + i);
+    });
+  }
   // Asks memory for the lines of `count` elements of the inputs from..to - 1, kAhead bytes behind element i. They go to
   // the second cache: the first one is full of the row in work.
   template <int from, int to, int count> WN_INLINE void ask(int64_t i) const {
@@ -233,10 +271,10 @@ WN_CONTRACTED WN_MULTIVERSION void contracted_gram(const E& elements, int64_t be
   gram_of_piece<Formula>(elements, begin, end, ahead, gram);
 }
 
-// A call takes 10 ns a row: little beside the arithmetic of a step, much beside that of the other formulas.
+// A call takes 10 ns a row: little beside the arithmetic of two inputs, much beside that of one.
 template <class Formula, class E>
 WN_INLINE void reduce_gram(const E& elements, int64_t begin, int64_t end, Ahead ahead, typename E::A* gram) {
-  if constexpr (Formula::residuals > 0) contracted_gram<Formula>(elements, begin, end, ahead, gram);
+  if constexpr (Formula::gram_inputs > 1) contracted_gram<Formula>(elements, begin, end, ahead, gram);
   else gram_of_piece<Formula>(elements, begin, end, ahead, gram);
 }
 
@@ -272,32 +310,48 @@ WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_
   });
 }
 
-// each(i) for the elements of a piece, and ask(n) before the n-th of them, for every kLanes.
-template <class F, class Ask>
-WN_INLINE void for_elements(int64_t begin, int64_t end, bool backwards, F&& each, Ask&& ask) {
+// lanes(i) for every kLanes elements of a piece from i on and ask(n) before them, the n-th; each(i) for those left over.
+template <class Lanes, class F, class Ask>
+WN_INLINE void for_elements(int64_t begin, int64_t end, bool backwards, Lanes&& lanes, F&& each, Ask&& ask) {
   const int64_t blocks = (end - begin) / kLanes, rest = backwards ? begin : begin + blocks * kLanes;
   const int64_t first = backwards ? end - kLanes : begin, step = backwards ? -kLanes : kLanes;
   for (int64_t n = 0; n < blocks; ++n) {
     ask(n * kLanes);
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) each(first + n * step + lane);
+    lanes(first + n * step);
   }
 #pragma omp simd
   for (int64_t i = rest; i < rest + (end - begin - blocks * kLanes); ++i) each(i);
 }
 
-template <class Formula, class E>
+template <class Formula, bool hardware, class E>
 WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, Ahead ahead,
                              const typename E::A* coefficients) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-  for_elements(begin, end, backwards<Formula>(ahead), [&](int64_t i) __attribute__((always_inline)) {
+  const auto each = [&](int64_t i) __attribute__((always_inline)) {
     A x[Formula::inputs], y[kOutputs<Formula>];
     elements.load(i, x);
     Formula::combine(c, x, y);
     elements.store(i, y);
-  }, [&](int64_t n) __attribute__((always_inline)) {
+  };
+  const auto staged = [&](int64_t i, int lane, auto& lanes) __attribute__((always_inline)) {
+    A x[Formula::inputs], y[kOutputs<Formula>];
+    elements.load(i + lane, x);
+    Formula::combine(c, x, y);
+    static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { lanes[l][lane] = y[l]; });
+  };
+  for_elements(begin, end, backwards<Formula>(ahead), [&](int64_t i) __attribute__((always_inline)) {
+    if constexpr (hardware) {
+      A lanes[kOutputs<Formula>][kLanes];
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) staged(i, lane, lanes);
+      elements.store_lanes(i, lanes);
+    } else {
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) each(i + lane);
+    }
+  }, each, [&](int64_t n) __attribute__((always_inline)) {
     if (ahead.again) elements.template ask<0, Formula::inputs, kLanes>(begin + n);
     else if (ahead.next != 0) ask_for_next<Formula, 0>(elements, ahead, begin, end - begin, n);
   });
@@ -310,9 +364,13 @@ WN_INLINE void rescale_piece(const E& elements, int64_t begin, int64_t end, Ahea
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-  for_elements(begin, end, false, [&](int64_t i) __attribute__((always_inline)) {
+  const auto each = [&](int64_t i) __attribute__((always_inline)) {
     elements.rescale(i, [&](A y) __attribute__((always_inline)) { return Formula::rescale(c, y); });
-  }, [&](int64_t n) __attribute__((always_inline)) {
+  };
+  for_elements(begin, end, false, [&](int64_t i) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) each(i + lane);
+  }, each, [&](int64_t n) __attribute__((always_inline)) {
     if (ahead.again) elements.template ask<0, 1, kLanes>(begin + n);
     else if (ahead.next != 0) ask_for_next<Formula, 1>(elements, ahead, begin, end - begin, n);
   });
@@ -444,8 +502,8 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
   return Formula::outputs > 0 && problem.out[0] != nullptr;
 }
 
-template <class Formula, class E>
-WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
+template <class Formula, bool hardware, class E>
+WN_INLINE void each_row(const Problem<Formula>& problem, int64_t first, int64_t last) {
   using A = typename E::A;
   const E elements(problem);
   const Ahead ahead = ahead_of<Formula, E>(problem);
@@ -462,10 +520,35 @@ WN_MULTIVERSION void rows_in_range(const Problem<Formula>& problem, int64_t firs
         if constexpr (kAdvances<Formula>)
           rescale_piece<Formula>(elements, begin, end, ahead, c);
         else if constexpr (Formula::outputs > 0)
-          combine_piece<Formula>(elements, begin, end, ahead, c);
+          combine_piece<Formula, hardware>(elements, begin, end, ahead, c);
       }, backwards<Formula>(ahead));
     }
   }
+}
+
+template <class Formula, class E>
+WN_MULTIVERSION void rows_in_any_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
+  each_row<Formula, false, E>(problem, first, last);
+}
+
+#if defined(WN_HARDWARE_BF16)
+inline bool hardware_bf16() {
+  static const bool has = __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+
+template <class Formula, class E>
+WN_HARDWARE_BF16 void rows_by_hardware(const Problem<Formula>& problem, int64_t first, int64_t last) {
+  each_row<Formula, true, E>(problem, first, last);
+}
+#endif
+
+template <class Formula, class E> void rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
+#if defined(WN_HARDWARE_BF16)
+  if constexpr (E::stores_bf16 && !kAdvances<Formula>)
+    if (hardware_bf16()) return rows_by_hardware<Formula, E>(problem, first, last);
+#endif
+  rows_in_any_range<Formula, E>(problem, first, last);
 }
 
 template <class Formula, class E>
@@ -475,7 +558,7 @@ WN_MULTIVERSION void reduce_range(const E& elements, int64_t begin, int64_t end,
 
 template <class Formula, class E>
 WN_MULTIVERSION void combine_range(const E& elements, int64_t begin, int64_t end, const typename E::A* c) {
-  combine_piece<Formula>(elements, begin, end, kOfPieces<Formula>, c);
+  combine_piece<Formula, false>(elements, begin, end, kOfPieces<Formula>, c);
 }
 
 template <class Formula, class E> void split_rows(const Problem<Formula>& problem) {
