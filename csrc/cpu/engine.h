@@ -4,7 +4,8 @@
 // double. So the bits depend neither on the number of threads nor on the path taken:
 //   rows     a row is contiguous (or `outer` contiguous segments): one row at a time through the cache;
 //   split    the same, but too few rows to go around: pieces of rows in parallel, in three phases;
-//   short    rows of a few elements: tiles of rows, the arithmetic per row side by side in the lanes too;
+//   short    rows of a few elements, in a cache of some hundreds: tiles of rows, the arithmetic per row side by side in
+//            the lanes too;
 //   columns  neighbouring elements belong to different rows (last dim, small inner): tiles of columns side by side in
 //            the lanes.
 #pragma once
@@ -74,11 +75,12 @@ template <class Formula> constexpr bool kAdvances = requires { &Formula::templat
 // Rows below this length go in tiles, which pays as long as a tile stays in the nearer caches. Tiles of rows are not
 // advanced: they are combined, which reads them once more.
 template <class Formula> constexpr int64_t kShortRow = kAdvances<Formula> ? 32 : 256;
-// In a cache longer ones too, unless they are solved one by one; from memory these are quicker with what `Ahead` asks for.
-constexpr int64_t kCachedRow = 1024, kLastCache = 1 << 23;
+// In a cache rows below kLongRow too, unless they are solved one by one; from memory these are quicker with what `Ahead`
+// asks for.
+constexpr int64_t kLongRow = 1024, kLastCache = 1 << 23;
 template <class Formula, class E> bool in_tiles(const Layout& layout) {
   const int64_t length = layout.inner;
-  if (layout.outer > 1 || length >= kCachedRow) return false;
+  if (layout.outer > 1 || length >= kLongRow) return false;
   return length < kShortRow<Formula> || (Formula::residuals == 0 && layout.rows * length * E::bytes <= kLastCache);
 }
 // Steps keep their rows in double whatever the elements are.
@@ -271,11 +273,13 @@ WN_CONTRACTED WN_MULTIVERSION void contracted_gram(const E& elements, int64_t be
   gram_of_piece<Formula>(elements, begin, end, ahead, gram);
 }
 
-// A call takes 10 ns a row: little beside the arithmetic of two inputs, much beside that of one.
+// A call takes 10 ns a row: little beside the arithmetic of a step and that of a long row of two inputs, much otherwise.
 template <class Formula, class E>
 WN_INLINE void reduce_gram(const E& elements, int64_t begin, int64_t end, Ahead ahead, typename E::A* gram) {
-  if constexpr (Formula::gram_inputs > 1) contracted_gram<Formula>(elements, begin, end, ahead, gram);
-  else gram_of_piece<Formula>(elements, begin, end, ahead, gram);
+  if constexpr (Formula::gram_inputs > 1)
+    if (Formula::residuals > 0 || end - begin >= kLongRow)
+      return contracted_gram<Formula>(elements, begin, end, ahead, gram);
+  if constexpr (Formula::residuals == 0) gram_of_piece<Formula>(elements, begin, end, ahead, gram);
 }
 
 template <class Formula, class A, class F> WN_INLINE void for_residuals(const A* c, const A* x, F&& add) {
