@@ -321,7 +321,8 @@ template <class T, int bytes> WN_INLINE void part_of(const LinearSums<T>& p, int
   sum_rows<Simd<T, bytes>>(p, first, last);
 }
 
-// Rows first..last - 1 of the forward, the Gram matrix or the sums, or columns of the step, with the widest vectors of this machine.
+// Rows first..last - 1 of the forward, the Gram matrix or the sums, or columns of the step, with the widest vectors of this
+// machine.
 template <class Problem> using Part = void (*)(const Problem&, int64_t first, int64_t last);
 
 template <class T, template <class> class Problem>
