@@ -164,9 +164,50 @@ WN_INLINE double zero_unless(bool keep, double x) {
   return bit_cast<double>(bit_cast<uint64_t>(x) & -static_cast<uint64_t>(keep));
 }
 
+// a or b, without a branch.
+WN_INLINE float pick(bool first, float a, float b) {
+  return bit_cast<float>(bit_cast<uint32_t>(zero_unless(first, a)) | bit_cast<uint32_t>(zero_unless(!first, b)));
+}
+WN_INLINE double pick(bool first, double a, double b) {
+  return bit_cast<double>(bit_cast<uint64_t>(zero_unless(first, a)) | bit_cast<uint64_t>(zero_unless(!first, b)));
+}
+
 // Saturates, so that a coefficient times an exact zero stays zero where infinity times zero would be NaN.
 template <class A> WN_INLINE A finite(A x) {
-  return x > limits<A>::largest ? limits<A>::largest : (x < -limits<A>::largest ? -limits<A>::largest : x);
+  x = pick(x > limits<A>::largest, limits<A>::largest, x);
+  return pick(x < -limits<A>::largest, -limits<A>::largest, x);
+}
+
+// exp and log in double to less than one unit in the last place, by the method of fdlibm (Sun Microsystems) without its
+// branches: loops over rows that call libm are not vectorized.
+constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+constexpr double kInteger = 0x1.8p52;  // x + kInteger has the integer next to x in its last bits
+
+WN_INLINE double exponential(double x) {
+  x = pick(x < -1000, -1000.0, pick(x > 1000, 1000.0, x));  // 0 and infinity already
+  const double n = (x * 1.44269504088896338700 + kInteger) - kInteger;
+  const double high = x - n * kLn2High, low = n * kLn2Low, r = high - low, t = r * r;
+  const double c = r - t * (1.66666666666666019037e-01 + t * (-2.77777777770155933842e-03 + t * (
+      6.61375632143793436117e-05 + t * (-1.65339022054652515390e-06 + t * 4.13813679705723846039e-08))));
+  const double y = 1 - ((low - r * c / (2 - c)) - high);
+  const double half = (0.5 * n + kInteger) - kInteger;  // 2^n in two steps, for results that are infinite or subnormal
+  const auto power = [](double m) { return bit_cast<double>(bit_cast<uint64_t>(m + (1023 + kInteger)) << 52); };
+  return y * power(half) * power(n - half);
+}
+
+// For positive x.
+WN_INLINE double logarithm(double x) {
+  const bool subnormal = x < limits<double>::smallest_normal;
+  const uint64_t half_root = 0x3fe6a09e00000000;  // sqrt(1/2): the mantissa is taken from [sqrt(1/2), sqrt(2))
+  const uint64_t bits = bit_cast<uint64_t>(pick(subnormal, x * 0x1p54, x)) + (0x3ff0000000000000 - half_root);
+  const double exponent = bit_cast<double>(bits >> 52 | bit_cast<uint64_t>(0x1p52)) - 0x1p52;
+  const double k = exponent - pick(subnormal, 1023.0 + 54, 1023.0);
+  const double f = bit_cast<double>((bits & 0x000fffffffffffff) + half_root) - 1;
+  const double s = f / (2 + f), z = s * s, w = z * z, square = 0.5 * f * f;
+  const double even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+  const double odd = z * (6.666666666666735130e-01 + w * (2.857142874366239149e-01 + w * (
+      1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
+  return k * kLn2High - ((square - (s * (square + (even + odd)) + k * kLn2Low)) - f);
 }
 
 // x * 2^e in two steps: 2^e alone may leave the range of double where the product does not.

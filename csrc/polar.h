@@ -14,6 +14,9 @@
 // A formula with `residuals` asks for a second reduction over the row, before `solve`: `prepare` turns the Gram matrix
 // into `coefficients` numbers and says whether the sums are needed, `residual` are the terms of the sums, and `solve`
 // gets the sums, or null where `prepare` could do without, and finds in c what `prepare` left there.
+// For rows side by side, `for_arrays` visits the arrays that `solve` reads of a row, `arrays` of them; `one_by_one` tells
+// whether it calls a function, which keeps a loop over rows from being vectorized, and `simplify` lets the compiler know
+// that it does not, and whether rows are EWN.
 // A row whose Gram matrix or coefficients leave the range of the accumulator A is solved again in double with
 // x_i scaled by 2^-e_i to a largest magnitude in [1, 2); elsewhere all e_i are 0. So `solve` never under- or overflows
 // before its result does.
@@ -25,12 +28,16 @@ namespace wn {
 
 enum class Kind : int { swn, ewn, unit };  // unit: the radius is fixed; of steps only
 
-WN_INLINE float exponential(float x) { return ::expf(x); }
-WN_INLINE double exponential(double x) { return ::exp(x); }
 WN_INLINE float square_root(float x) { return ::sqrtf(x); }
 WN_INLINE double square_root(double x) { return ::sqrt(x); }
 WN_INLINE float shifted(float x, int e) { return e == 0 ? x : ::ldexpf(x, e); }
 WN_INLINE double shifted(double x, int e) { return e == 0 ? x : ::ldexp(x, e); }
+
+#if defined(__CUDA_ARCH__)
+WN_INLINE float exponential(float x) { return ::expf(x); }
+#else
+WN_INLINE float exponential(float x) { return static_cast<float>(exponential(static_cast<double>(x))); }
+#endif
 
 // s, the signed length of the row of w. In float it may overflow, which `exact` sees; in double it saturates.
 WN_INLINE float signed_radius(Kind kind, float r) { return kind == Kind::ewn ? exponential(r) : r; }
@@ -50,7 +57,13 @@ template <class A> struct Direction {
 // n = |x_0|
 struct RowNorm {
   static constexpr int inputs = 1, gram_inputs = 1, outputs = 0, coefficients = 0, residuals = 0, results = 1;
+  static constexpr int arrays = 0;
   RowResults norm;
+
+  template <class F> WN_INLINE void for_arrays(F&&) {}
+  WN_INLINE bool one_by_one() const { return false; }
+  WN_INLINE bool is_ewn() const { return false; }
+  WN_INLINE void simplify(bool) {}
 
   template <class A> WN_INLINE void solve(int64_t, const A* gram, const int* e, A*, A* result) const {
     result[0] = shifted(square_root(gram[0]), e[0]);
@@ -61,11 +74,21 @@ struct RowNorm {
   template <class A> WN_INLINE void finish(int64_t row, const A* result) const { stored().set(row, result[0]); }
 };
 
-// w = (s/n) v. A zero row has no direction: w = 0.
-struct Forward {
-  static constexpr int inputs = 1, gram_inputs = 1, outputs = 1, coefficients = 1, residuals = 0, results = 0;
+// What a formula with a kind and a radius knows of a row.
+struct Radius {
+  static constexpr int arrays = 1;
   Kind kind;
   RowValues radius;
+
+  template <class F> WN_INLINE void for_arrays(F&& f) { f(radius); }
+  WN_INLINE bool one_by_one() const { return false; }
+  WN_INLINE bool is_ewn() const { return kind == Kind::ewn; }
+  WN_INLINE void simplify(bool ewn) { kind = ewn ? Kind::ewn : Kind::swn; }
+};
+
+// w = (s/n) v. A zero row has no direction: w = 0.
+struct Forward : Radius {
+  static constexpr int inputs = 1, gram_inputs = 1, outputs = 1, coefficients = 1, residuals = 0, results = 0;
 
   template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int*, A* c, A*) const {
     const Direction<A> v(gram[0]);
@@ -92,10 +115,8 @@ struct RowScale : Forward {
 
 // From v and G: dL/dv = (s/n)(G - p t), and dL/dr = p (SWN) or s p (EWN). A zero row has zero gradients. Without an output
 // dL/dr alone, for a v that needs no gradient.
-struct Backward {
+struct Backward : Radius {
   static constexpr int inputs = 2, gram_inputs = 2, outputs = 1, coefficients = 2, residuals = 0, results = 1;
-  Kind kind;
-  RowValues radius;
   RowResults radius_gradient;
 
   template <class A> WN_INLINE void solve(int64_t row, const A* gram, const int* e, A* c, A* result) const {

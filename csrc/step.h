@@ -4,7 +4,8 @@
 // alpha with s = e^alpha) and n, the length of v = n t. From G = dL/dw:
 //   p = <G, t>,  dr = p | s p,  dv = (s/n)(G - p t),  then weight decay, momentum or Adam on (dr, dv),
 //   v' = n t - lr d,  n' = |v'|,  w' = s' v'/n'.
-// Everything per row is computed in double: n grows by parts in 1e9 a step, which float would round away.
+// Everything per row is computed in double: n grows by parts in 1e9 a step, which float would round away. The formulas of
+// a row are free of branches, which would keep loops over rows from being vectorized.
 #pragma once
 
 #include "polar.h"
@@ -34,6 +35,15 @@ struct PolarRow {
   double* norm;               // [R] n
   double* telemetry;          // [R, 5] or null: s, n, p, |G - p t|, angular update
 
+  static constexpr int arrays = 7;
+  template <class F> WN_INLINE void for_arrays(F&& f) {
+    f(grad_scale), f(lr), f(radius_lr), f(weight_decay), f(radius_weight_decay), f(radius), f(norm);
+  }
+  WN_INLINE void simplify(bool ewn) {
+    kind = ewn ? Kind::ewn : kind == Kind::unit ? Kind::unit : Kind::swn;
+    retraction = retraction == Retraction::project ? Retraction::project : Retraction::renormalize;
+  }
+
   // The row before the step, from the first three Gram entries <w,w>, <w,G>, <G,G> of inputs scaled by 2^-e.
   struct State {
     double length;  // |w|, 0 where the row has lost its direction
@@ -51,51 +61,58 @@ struct PolarRow {
     const double root = ::sqrt(static_cast<double>(gram[0]));
     x.length = shifted(root, e[0]);
     x.r = radius[row];
-    x.s = kind == Kind::ewn ? finite(::exp(x.r)) : x.r;
+    x.s = signed_radius(kind, x.r);
     x.n = norm[row];
     x.sign = x.s < 0 ? -1 : 1;
     const double size = larger(x.length, ::fabs(x.s));
-    if (x.length > 0 && ::fabs(x.length - ::fabs(x.s)) > edit_tolerance * size + edit_floor) {
-      x.s = x.sign * x.length;
-      x.r = kind == Kind::ewn ? ::log(x.length) : x.s;
-    }
-    x.k = one_column ? 0 : x.s / x.n;
+    const bool edited = (x.length > 0) & (::fabs(x.length - ::fabs(x.s)) > edit_tolerance * size + edit_floor);
+    x.s = pick(edited, x.sign * x.length, x.s);
+    x.r = pick(edited, kind == Kind::ewn ? logarithm(x.length) : x.s, x.r);
+    x.k = zero_unless(!one_column, x.s / x.n);
     x.G_scale = gradient_sign / grad_scale.at<double>(row);
-    const double along = root > 0 ? gram[1] / root : 0;
+    const double along = along_t(root, gram[1]);
     x.p = x.G_scale * x.sign * shifted(along, e[1]);
     x.G_square = gram[2];
     x.G_perp_square = larger(0.0, x.G_square - along * along);
     return x;
   }
+  // <x, t> up to sign, from |w| and <x, w>.
+  static WN_INLINE double along_t(double length, double inner) { return zero_unless(length > 0, inner / length); }
   WN_INLINE double radius_gradient(const State& x, int64_t row) const {
     return (kind == Kind::ewn ? x.s * x.p : x.p) + radius_weight_decay.at<double>(row) * x.r;
   }
-  WN_INLINE double signed_length(double r) const { return kind == Kind::ewn ? finite(::exp(r)) : r; }
 
   // Steps turn a row by small angles, where four terms of the series are exact; atan2 takes longer than all else of a row.
-  WN_INLINE double angle(double perp_square, double along) const {
-    if (telemetry == nullptr) return 0;
+  static WN_INLINE double angle(double perp_square, double along) {
     const double perp = ::sqrt(perp_square), x = perp / along, square = x * x;
     if (!(along > 0 && square < 1e-4)) return ::atan2(perp, along);
     return x * (1 - square * (1.0 / 3 - square * (1.0 / 5 - square / 7)));
   }
 
-  // result[0..1] = r', n'; result[2..6] = telemetry.
-  WN_INLINE void report(const State& x, double r, double s, double n, double G_perp, double angle, double* result) const {
+  // result[0..1] = r', n'; result[2..4] = telemetry; from the last two, parts of v' across t, squared, and along it, `store`
+  // gets the angular update. A row that has lost its direction stays as it is.
+  WN_INLINE void report(const State& x, double r, double s, double n, double G_perp, double perp_square, double along,
+                        double* result) const {
+    const bool exists = x.length != 0;
     result[0] = r;
-    result[1] = n;
-    result[2] = s;
-    result[3] = n;
-    result[4] = x.p;
-    result[5] = ::fabs(x.G_scale) * G_perp;
-    result[6] = angle;
+    result[1] = pick(exists, n, x.n);
+    result[2] = zero_unless(exists, s);
+    result[3] = x.p;
+    result[4] = zero_unless(exists, ::fabs(x.G_scale) * G_perp);
+    result[5] = zero_unless(exists, perp_square);
+    result[6] = pick(exists, along, 1.0);
   }
   static constexpr int results = 7;
   template <class A> WN_INLINE void store(int64_t row, const A* result) const {
     radius[row] = result[0];
     norm[row] = result[1];
-    if (telemetry != nullptr)
-      for (int i = 0; i < 5; ++i) telemetry[5 * row + i] = result[2 + i];
+    if (telemetry == nullptr) return;
+    double* const t = telemetry + 5 * row;
+    t[0] = result[2];
+    t[1] = result[1];
+    t[2] = result[3];
+    t[3] = result[4];
+    t[4] = angle(result[5], result[6]);
   }
 };
 
@@ -110,11 +127,21 @@ constexpr double kCancellation = 1e-3;
 template <bool with_momentum, bool with_copy> struct PolarSgd {
   static constexpr int inputs = 2 + with_momentum, gram_inputs = inputs, outputs = 1 + with_momentum + with_copy;
   static constexpr int coefficients = with_momentum ? 6 : 2, residuals = 2, results = PolarRow::results + 1;
+  static constexpr int arrays = PolarRow::arrays + (with_momentum ? 3 : 0);
   PolarRow rows;
   bool nesterov;
   RowValues momentum;         // mu
   RowValues gradient_weight;  // of the new gradient in the momentum: 1 on the first step, then 1 - dampening
   double* radius_momentum;    // [R], with momentum
+
+  template <class F> WN_INLINE void for_arrays(F&& f) {
+    rows.for_arrays(f);
+    if constexpr (with_momentum) f(momentum), f(gradient_weight), f(radius_momentum);
+  }
+  WN_INLINE bool geodesic() const { return !with_momentum && rows.retraction == Retraction::geodesic; }
+  WN_INLINE bool one_by_one() const { return geodesic(); }
+  WN_INLINE bool is_ewn() const { return rows.kind == Kind::ewn; }
+  WN_INLINE void simplify(bool ewn) { rows.simplify(ewn); }
 
   // d = A t + B G + C m for the G that was read, of which A + B p + C q = d_along lies along t.
   struct Update {
@@ -133,10 +160,10 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     if constexpr (with_momentum) {
       u.mu = momentum.at<double>(row);
       u.weight = gradient_weight.at<double>(row);
-      u.factor = nesterov ? 1 + u.mu * u.weight : u.weight;
-      u.C = nesterov ? u.mu * u.mu : u.mu;
+      u.factor = pick(nesterov, 1 + u.mu * u.weight, u.weight);
+      u.C = pick(nesterov, u.mu * u.mu, u.mu);
       const double root = ::sqrt(static_cast<double>(gram[0]));
-      u.q = root > 0 ? x.sign * shifted(gram[3] / root, e[2]) : 0;
+      u.q = x.sign * shifted(PolarRow::along_t(root, gram[3]), e[2]);
     }
     const double decay = rows.weight_decay.at<double>(row) * x.n;
     u.A = u.factor * (decay - x.k * x.p);
@@ -147,7 +174,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     u.terms = b * b * x.G_square;
     if constexpr (with_momentum) {
       const double c = shifted(u.C, e[2]), root = ::sqrt(static_cast<double>(gram[0]));
-      const double g_along = root > 0 ? gram[1] / root : 0, m_along = root > 0 ? gram[3] / root : 0;
+      const double g_along = PolarRow::along_t(root, gram[1]), m_along = PolarRow::along_t(root, gram[3]);
       u.d_perp_square += 2 * b * c * (gram[4] - g_along * m_along) + c * c * (gram[5] - m_along * m_along);
       u.terms += c * c * gram[5];
     }
@@ -157,17 +184,17 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
   // Terms: the squares of d and of G without their parts along t, from c = (of w in each), B, C.
   template <class A> WN_INLINE bool prepare(int64_t row, const A* gram, const int* e, A* c) const {
     const PolarRow::State x = rows.before(row, gram, e);
-    if (!(x.length > 0)) return false;
     const Update u = update(row, x, gram, e);
     const double g_along = gram[1] / gram[0];
     c[0] = static_cast<A>(g_along);
     if constexpr (with_momentum) {
       const double b = shifted(u.B, e[1]), m = shifted(u.C, e[2]), largest = larger(::fabs(b), ::fabs(m));
-      c[1] = static_cast<A>(largest > 0 ? b / largest : 0);
-      c[2] = static_cast<A>(largest > 0 ? m / largest : 0);
+      c[1] = static_cast<A>(zero_unless(largest > 0, b / largest));
+      c[2] = static_cast<A>(zero_unless(largest > 0, m / largest));
       c[3] = static_cast<A>(gram[3] / gram[0]);
     }
-    return u.d_perp_square < kCancellation * u.terms || x.G_perp_square < kCancellation * x.G_square;
+    return (x.length > 0) &
+           ((u.d_perp_square < kCancellation * u.terms) | (x.G_perp_square < kCancellation * x.G_square));
   }
   template <class A> static WN_INLINE void residual(const A* c, const A* x, A* term) {
     const A g = x[1] - c[0] * x[0];
@@ -182,15 +209,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
   template <class A>
   WN_INLINE void solve(int64_t row, const A* gram, const int* e, const A* sums, A* c, double* result) const {
     const PolarRow::State x = rows.before(row, gram, e);
-    double mr = 0;
-    if constexpr (with_momentum) mr = radius_momentum[row];
-    if (x.length == 0) {
-      for (int i = 0; i < coefficients; ++i) c[i] = A(0);
-      rows.report(x, x.r, 0, x.n, 0, 0, result);
-      result[PolarRow::results] = mr;
-      return;
-    }
-    Update u = update(row, x, gram, e);
+    const Update u = update(row, x, gram, e);
     double G_perp_square = x.G_perp_square, d_perp_square = larger(0.0, u.d_perp_square);
     if (sums != nullptr) {
       G_perp_square = sums[1];
@@ -198,46 +217,47 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       if constexpr (with_momentum) unit = larger(unit, ::fabs(shifted(u.C, e[2])));
       d_perp_square = unit * unit * sums[0];
     }
-    const bool geodesic = !with_momentum && rows.retraction == Retraction::geodesic;
-    const double G_perp = geodesic || rows.telemetry != nullptr ? shifted(::sqrt(G_perp_square), e[1]) : 0;
+    const double G_perp = shifted(::sqrt(G_perp_square), e[1]);
 
-    double r = x.r;
-    if (rows.kind != Kind::unit) {
-      const double dr = rows.radius_gradient(x, row);
-      if constexpr (with_momentum) mr = u.mu * mr + u.weight * dr;
-      r -= rows.radius_lr.at<double>(row) * (!with_momentum ? dr : nesterov ? dr + u.mu * mr : mr);
+    const bool exists = x.length != 0, moves = exists & (rows.kind != Kind::unit);
+    double mr = 0, dr = rows.radius_gradient(x, row);
+    if constexpr (with_momentum) {
+      mr = radius_momentum[row];
+      mr = pick(moves, u.mu * mr + u.weight * dr, mr);
+      dr = pick(nesterov, dr + u.mu * mr, mr);
     }
-    const double s = rows.signed_length(r), lr = rows.lr.at<double>(row);
-    const double along = x.n - lr * u.d_along, perp_square = lr * lr * d_perp_square;
-    double n = ::sqrt(along * along + perp_square), angle = rows.angle(perp_square, along);
+    const double r = x.r - zero_unless(moves, rows.radius_lr.at<double>(row) * dr);
+    const double s = signed_radius(rows.kind, r), lr = rows.lr.at<double>(row);
+    double along = x.n - lr * u.d_along, perp_square = lr * lr * d_perp_square;
+    const double n = ::sqrt(along * along + perp_square);
     double of_t = x.n - lr * u.A, of_G = -lr * u.B, of_m = -lr * u.C;
-    double scale = n > 0 ? s / n : 0;
-    if (geodesic) {
-      const double tangential = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n;
-      angle = rate * tangential;
+    double scale = zero_unless(n > 0, s / n);
+    if (geodesic()) {
+      const double tangential = ::fabs(x.G_scale) * G_perp, rate = lr * x.k / x.n, angle = rate * tangential;
       const double sine = tangential > 0 ? ::sin(angle) / tangential : rate;
-      of_t = ::cos(angle) + sine * x.p;
+      along = ::cos(angle);
+      perp_square = sine * sine * tangential * tangential;
+      of_t = along + sine * x.p;
       of_G = -sine * x.G_scale;
       scale = s;
-      angle = ::fabs(angle);
     }
-    if (rows.retraction != Retraction::project) n = x.n;
     const double unit_w = x.sign / x.length;
-    c[0] = static_cast<A>(finite(shifted(scale * of_t * unit_w, e[0])));
-    c[1] = static_cast<A>(finite(shifted(scale * of_G, e[1])));
+    const auto coefficient = [exists](double y) { return static_cast<A>(zero_unless(exists, finite(y))); };
+    c[0] = coefficient(shifted(scale * of_t * unit_w, e[0]));
+    c[1] = coefficient(shifted(scale * of_G, e[1]));
     if constexpr (with_momentum) {
-      c[2] = static_cast<A>(finite(shifted(scale * of_m, e[2])));
+      c[2] = coefficient(shifted(scale * of_m, e[2]));
       const double decay = rows.weight_decay.at<double>(row) * x.n;
-      c[3] = static_cast<A>(finite(shifted(u.weight * (decay - x.k * x.p) * unit_w, e[0])));
-      c[4] = static_cast<A>(finite(shifted(u.weight * x.k * x.G_scale, e[1])));
-      c[5] = static_cast<A>(shifted(u.mu, e[2]));
+      c[3] = coefficient(shifted(u.weight * (decay - x.k * x.p) * unit_w, e[0]));
+      c[4] = coefficient(shifted(u.weight * x.k * x.G_scale, e[1]));
+      c[5] = coefficient(shifted(u.mu, e[2]));
     }
-    rows.report(x, r, s, n, G_perp, angle, result);
+    rows.report(x, r, s, pick(rows.retraction == Retraction::project, n, x.n), G_perp, perp_square, along, result);
     result[PolarRow::results] = mr;
   }
   template <class A> WN_INLINE bool exact(const A* c) const {
     bool all = true;
-    for (int i = 0; i < coefficients; ++i) all = all && full_precision(c[i]);
+    for (int i = 0; i < coefficients; ++i) all &= full_precision(c[i]);
     return all;
   }
   template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) {
@@ -261,13 +281,27 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
 template <bool amsgrad, bool with_copy> struct PolarAdam {
   static constexpr int inputs = 4 + amsgrad, gram_inputs = 2, outputs = 3 + amsgrad + with_copy;
   static constexpr int coefficients = 11, residuals = 3, results = PolarRow::results + 3;
+  static constexpr int arrays = PolarRow::arrays + 6 + amsgrad;
   static constexpr bool with_rounded_copy = with_copy;
   PolarRow rows;
   bool decoupled;  // decay of v and r themselves (AdamW), not of their gradients (Adam)
+  bool counted;    // the count of steps with this one is known, elsewhere only the device does
   RowValues beta1, beta2, eps;
-  double correction1, correction2_root;  // 1 - beta1^step, sqrt(1 - beta2^step); 0 for those of `step`
-  RowValues step;                        // the count of steps with this one, where only the device knows it
+  double correction1, correction2_root;  // 1 - beta1^step, sqrt(1 - beta2^step), where it is
+  RowValues step;                        // the count, where it is not
   double *radius_average, *radius_square, *radius_largest;  // [R], the last with amsgrad
+
+  template <class F> WN_INLINE void for_arrays(F&& f) {
+    rows.for_arrays(f);
+    f(beta1), f(beta2), f(eps), f(step), f(radius_average), f(radius_square);
+    if constexpr (amsgrad) f(radius_largest);
+  }
+  WN_INLINE bool one_by_one() const { return !counted; }
+  WN_INLINE bool is_ewn() const { return rows.kind == Kind::ewn; }
+  WN_INLINE void simplify(bool ewn) {
+    rows.simplify(ewn);
+    counted = true;
+  }
 
   enum : int { kW, kG, kAlong, kOneMinusBeta1, kBeta2, kOneMinusBeta2, kCorrection, kEps, kDecayed, kRate, kScale };
 
@@ -287,7 +321,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
 
   struct Corrections { double first, second_root; };
   WN_INLINE Corrections corrections(int64_t row) const {
-    if (correction1 != 0) return {correction1, correction2_root};
+    if (counted) return {correction1, correction2_root};
     const double count = step.at<double>(row);
     return {1 - ::pow(beta1.at<double>(row), count), ::sqrt(1 - ::pow(beta2.at<double>(row), count))};
   }
@@ -295,22 +329,23 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
   // Terms: |U|^2, <U, w>, and the square of G without its part along w.
   template <class A> WN_INLINE bool prepare(int64_t row, const A* gram, const int* e, A* c) const {
     const PolarRow::State x = rows.before(row, gram, e);
-    const bool lost = x.length == 0;
-    const double unit_w = lost ? 0 : x.sign / x.length, decay = rows.weight_decay.at<double>(row);
+    const bool exists = x.length != 0;
+    const double unit_w = x.sign / x.length, decay = rows.weight_decay.at<double>(row);
     const double b1 = beta1.at<double>(row), b2 = beta2.at<double>(row), lr = rows.lr.at<double>(row);
-    c[kW] = static_cast<A>(lost ? 0 : finite(shifted(((decoupled ? 0 : decay * x.n) - x.k * x.p) * unit_w, e[0])));
-    c[kG] = static_cast<A>(lost ? 0 : finite(shifted(x.k * x.G_scale, e[1])));
-    c[kAlong] = lost ? A(0) : gram[1] / gram[0];
-    c[kOneMinusBeta1] = static_cast<A>(lost ? 0 : 1 - b1);
-    c[kBeta2] = static_cast<A>(lost ? 1 : b2);
-    c[kOneMinusBeta2] = static_cast<A>(lost ? 0 : 1 - b2);
+    const auto coefficient = [exists](double y) { return static_cast<A>(zero_unless(exists, finite(y))); };
+    c[kW] = coefficient(shifted((zero_unless(!decoupled, decay * x.n) - x.k * x.p) * unit_w, e[0]));
+    c[kG] = coefficient(shifted(x.k * x.G_scale, e[1]));
+    c[kAlong] = zero_unless(exists, gram[1] / gram[0]);
+    c[kOneMinusBeta1] = coefficient(1 - b1);
+    c[kBeta2] = static_cast<A>(pick(exists, b2, 1.0));
+    c[kOneMinusBeta2] = coefficient(1 - b2);
     const Corrections correction = corrections(row);
     c[kCorrection] = static_cast<A>(1 / correction.second_root);
     c[kEps] = static_cast<A>(eps.at<double>(row));
-    c[kDecayed] = static_cast<A>(finite(shifted((decoupled ? 1 - lr * decay : 1) * unit_w, e[0])));
+    c[kDecayed] = coefficient(shifted((1 - zero_unless(decoupled, lr * decay)) * unit_w, e[0]));
     c[kRate] = static_cast<A>(lr / correction.first / x.n);
     c[kScale] = A(0);
-    return !lost;
+    return exists;
   }
   template <class A> static WN_INLINE void add_terms(const A* c, const A* x, const Moments<A>& m, A* term) {
     const A g = x[1] - c[kAlong] * x[0];
@@ -334,38 +369,36 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     const PolarRow::State x = rows.before(row, gram, e);
     double average = radius_average[row], square = radius_square[row], largest = 0;
     if constexpr (amsgrad) largest = radius_largest[row];
-    double r = x.r, s = 0, n = x.n, G_perp = 0, angle = 0;
+    double r = x.r, s = 0, n = x.n, G_perp = 0, perp_square = 0, along = 1;
     if (sums != nullptr) {
       const Corrections correction = corrections(row);
       const double lr = rows.lr.at<double>(row), rate = lr / correction.first, decay = rows.weight_decay.at<double>(row);
-      if (rows.kind != Kind::unit) {
-        const double radius_lr = rows.radius_lr.at<double>(row), r_decay = rows.radius_weight_decay.at<double>(row);
-        const double dr = (rows.kind == Kind::ewn ? x.s * x.p : x.p) + (decoupled ? 0 : r_decay * r);
-        const double b2 = beta2.at<double>(row);
-        average += (1 - beta1.at<double>(row)) * (dr - average);
-        square = b2 * square + (1 - b2) * dr * dr;
-        largest = larger(largest, square);
-        if (decoupled) r *= 1 - radius_lr * r_decay;
-        r -= radius_lr / correction.first * average /
-             (::sqrt(amsgrad ? largest : square) / correction.second_root + eps.at<double>(row));
-      }
-      s = rows.signed_length(r);
+      const double radius_lr = rows.radius_lr.at<double>(row), r_decay = rows.radius_weight_decay.at<double>(row);
+      const bool moves = rows.kind != Kind::unit;
+      const double dr = (rows.kind == Kind::ewn ? x.s * x.p : x.p) + zero_unless(!decoupled, r_decay * r);
+      const double b2 = beta2.at<double>(row);
+      average += zero_unless(moves, (1 - beta1.at<double>(row)) * (dr - average));
+      square = pick(moves, b2 * square + (1 - b2) * dr * dr, square);
+      largest = larger(largest, square);
+      r *= 1 - zero_unless(moves & decoupled, radius_lr * r_decay);
+      r -= zero_unless(moves, radius_lr / correction.first * average /
+                                  (::sqrt(amsgrad ? largest : square) / correction.second_root + eps.at<double>(row)));
+      s = signed_radius(rows.kind, r);
       const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));
-      const double perp_square = rate * rate * larger(0.0, static_cast<double>(sums[0]) - U_along * U_along);
-      const double along = x.n * (decoupled ? 1 - lr * decay : 1) - rate * U_along;
+      perp_square = rate * rate * larger(0.0, static_cast<double>(sums[0]) - U_along * U_along);
+      along = x.n * (1 - zero_unless(decoupled, lr * decay)) - rate * U_along;
       n = ::sqrt(along * along + perp_square);
-      angle = rows.angle(perp_square, along);
       G_perp = shifted(::sqrt(static_cast<double>(sums[2])), e[1]);
-      c[kScale] = static_cast<A>(n > 0 ? finite(s * (x.n / n)) : 0);
-      if (rows.retraction == Retraction::renormalize) n = x.n;
+      c[kScale] = static_cast<A>(zero_unless(n > 0, finite(s * (x.n / n))));
+      n = pick(rows.retraction == Retraction::renormalize, x.n, n);
     }
-    rows.report(x, r, s, n, G_perp, angle, result);
+    rows.report(x, r, s, n, G_perp, perp_square, along, result);
     result[PolarRow::results] = average;
     result[PolarRow::results + 1] = square;
     result[PolarRow::results + 2] = largest;
   }
   template <class A> WN_INLINE bool exact(const A* c) const {
-    return full_precision(c[kW]) && full_precision(c[kG]) && full_precision(c[kDecayed]) && full_precision(c[kScale]) &&
+    return full_precision(c[kW]) & full_precision(c[kG]) & full_precision(c[kDecayed]) & full_precision(c[kScale]) &
            !(c[kRate] > A(1e15));
   }
   template <class A> static WN_INLINE void combine(const A* c, const A* x, A* y) {

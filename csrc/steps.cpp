@@ -297,7 +297,8 @@ void polar_adam_(TensorList weights, TensorList grads, TensorList radius, Tensor
     formula.eps = number(kEps, "eps");
     formula.step = number(kStep, "step");
     const auto known = [&](const RowValues& x) { return x.data == nullptr; };
-    if (known(formula.step) && known(formula.beta1) && known(formula.beta2)) {
+    formula.counted = known(formula.step) && known(formula.beta1) && known(formula.beta2);
+    if (formula.counted) {
       formula.correction1 = 1 - std::pow(formula.beta1.value, formula.step.value);
       formula.correction2_root = std::sqrt(1 - std::pow(formula.beta2.value, formula.step.value));
     }

@@ -72,16 +72,13 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
-// Rows below this length go in tiles, which pays as long as a tile stays in the nearer caches. Tiles of rows are not
-// advanced: they are combined, which reads them once more.
-template <class Formula> constexpr int64_t kShortRow = kAdvances<Formula> ? 32 : 256;
-// In a cache rows below kLongRow too, unless they are solved one by one; from memory these are quicker with what `Ahead`
-// asks for.
-constexpr int64_t kLongRow = 1024, kLastCache = 1 << 23;
+// Rows below kShortRow go in tiles, and in a cache rows below kLongRow; from memory these are quicker with what `Ahead` asks
+// for.
+constexpr int64_t kShortRow = 256, kLongRow = 1024, kLastCache = 1 << 23;
 template <class Formula, class E> bool in_tiles(const Layout& layout) {
-  const int64_t length = layout.inner;
-  if (layout.outer > 1 || length >= kLongRow) return false;
-  return length < kShortRow<Formula> || (Formula::residuals == 0 && layout.rows * length * E::bytes <= kLastCache);
+  const int64_t length = layout.inner, longest = Formula::residuals > 0 ? kLongRow + 1 : kLongRow;
+  if (layout.outer > 1 || length >= longest) return false;
+  return length < kShortRow || layout.rows * length * E::bytes <= kLastCache;
 }
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
@@ -710,6 +707,10 @@ template <class A> void read_rows(const RowValues& from, int64_t first, int64_t 
     for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<A>(widen(values[r * from.stride]));
   });
 }
+inline void read_rows(const double* from, int64_t first, int64_t rows, double* to) {
+  std::copy_n(from + first, rows, to);
+  std::fill_n(to + rows, whole(rows) - rows, 0.0);
+}
 template <class A> void write_rows(const RowResults& to, int64_t first, int64_t rows, const A* values) {
   if (to.data == nullptr) return;
   dispatch(to.type, [&](auto tag) {
@@ -718,73 +719,141 @@ template <class A> void write_rows(const RowResults& to, int64_t first, int64_t 
   });
 }
 
-// Gram matrices to coefficients for the rows of a tile side by side, and their results stored; false, and nothing is
-// stored, where one of them may have to be scaled.
-template <class Formula, class A>
-WN_INLINE bool solve_short_rows(Formula formula, int64_t first, int64_t rows, const A (*gram)[kShortRows],
-                                A (*c)[kShortRows]) {
-  constexpr int unscaled[Formula::inputs] = {};
-  A radius[kShortRows], results[kResults<Formula>][kShortRows];
-  int unsafe[kShortRows];
-  const auto solve = [&](const Formula& f, int64_t r) __attribute__((always_inline)) {
-    A row_gram[kGram<Formula>], row_c[kCoefficients<Formula>], result[kResults<Formula>];
-    static_for<kGram<Formula>>([&](auto p) __attribute__((always_inline)) { row_gram[p] = gram[p][r]; });
-    f.solve(r, row_gram, unscaled, row_c, result);
-    bool safe = f.exact(row_c);
-    static_for<Formula::gram_inputs>([&](auto k) __attribute__((always_inline)) {
-      safe &= safe_square(row_gram[k * (k + 1) / 2 + k]);
+// The rows of a tile between their Gram matrices and their coefficients, side by side.
+template <class Formula, class A> struct RowTile {
+  using R = Result<Formula, A>;
+  const Formula& formula;
+  const int64_t first, rows;
+  A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
+  A sums[kAtLeastOne<Formula::residuals>][kShortRows];
+  int apart[kShortRows];  // rows that may have to be scaled, or need sums that the others do not: nothing is stored
+
+  // Calls f(formula, r) for each row r, where the formula's arrays begin with the tile's first row.
+  template <class F> WN_INLINE void for_rows(F&& f) {
+    R arrays[kAtLeastOne<Formula::arrays>][kShortRows];
+    Formula local = formula;
+    int array = 0;
+    local.for_arrays([&](auto& values) __attribute__((always_inline)) {
+      R* const to = arrays[array++];
+      read_rows(values, first, rows, to);
+      if constexpr (std::is_pointer_v<std::remove_reference_t<decltype(values)>>) values = to;
+      else values = {to, std::is_same_v<R, double> ? DType::f64 : DType::f32};
     });
-    unsafe[r] = !safe;
-    static_for<Formula::coefficients>([&](auto q) __attribute__((always_inline)) { c[q][r] = row_c[q]; });
-    static_for<Formula::results>([&](auto q) __attribute__((always_inline)) { results[q][r] = result[q]; });
-  };
-  bool ewn = false;
-  if constexpr (requires { formula.radius; }) {
-    read_rows(formula.radius, first, rows, radius);
-    formula.radius = {radius, std::is_same_v<A, double> ? DType::f64 : DType::f32};
-    ewn = formula.kind == Kind::ewn;
-    if (!ewn) formula.kind = Kind::swn;  // a constant from here on: no call of exp is left in the loop
-  }
-  if (ewn) {
-    for (int64_t r = 0; r < rows; ++r) solve(formula, r);
-  } else {
-    for (int64_t r = 0; r < rows; r += kSolved) {
+    const auto vectors = [&](auto ewn) __attribute__((always_inline)) {
+      local.simplify(ewn);
+      for (int64_t r = 0; r < rows; r += kSolved) {
 #pragma omp simd
-      for (int64_t lane = 0; lane < kSolved; ++lane) solve(formula, r + lane);
-    }
+        for (int64_t lane = 0; lane < kSolved; ++lane) f(local, r + lane);
+      }
+    };
+    if (local.one_by_one())
+      for (int64_t r = 0; r < rows; ++r) f(local, r);
+    else if (local.is_ewn())
+      vectors(std::true_type{});
+    else
+      vectors(std::false_type{});
   }
-  if (std::count(unsafe, unsafe + rows, 0) < rows) return false;
-  if constexpr (Formula::results > 0) write_rows(formula.stored(), first, rows, results[0]);
-  return true;
+
+  template <int count, class T> static WN_INLINE void load(const T (*from)[kShortRows], int64_t r, T* to) {
+    static_for<count>([&](auto i) __attribute__((always_inline)) { to[i] = from[i][r]; });
+  }
+  template <int count, class T> static WN_INLINE void store(const T* from, int64_t r, T (*to)[kShortRows]) {
+    static_for<count>([&](auto i) __attribute__((always_inline)) { to[i][r] = from[i]; });
+  }
+  WN_INLINE bool safe(const Formula& f, const A* row_gram, const A* row_c) const {
+    bool all = f.exact(row_c);
+    static_for<Formula::gram_inputs>([&](auto k) __attribute__((always_inline)) {
+      all &= safe_square(row_gram[k * (k + 1) / 2 + k]);
+    });
+    return all;
+  }
+};
+
+// For a formula that needs its sums in all rows.
+template <class Formula, class A> WN_MULTIVERSION void prepare_rows(RowTile<Formula, A>& tile) {
+  constexpr int unscaled[Formula::inputs] = {};
+  tile.for_rows([&](const Formula& f, int64_t r) __attribute__((always_inline)) {
+    A gram[kGram<Formula>], c[kCoefficients<Formula>];
+    tile.template load<kGram<Formula>>(tile.gram, r, gram);
+    const bool exists = f.prepare(r, gram, unscaled, c);
+    tile.apart[r] = !(exists & tile.safe(f, gram, c));
+    tile.template store<Formula::coefficients>(c, r, tile.c);
+  });
+}
+
+// To coefficients, and the results are stored.
+template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formula, A>& tile) {
+  constexpr int unscaled[Formula::inputs] = {};
+  typename RowTile<Formula, A>::R results[kResults<Formula>][kShortRows];
+  tile.for_rows([&](const Formula& f, int64_t r) __attribute__((always_inline)) {
+    A gram[kGram<Formula>], c[kCoefficients<Formula>];
+    typename RowTile<Formula, A>::R result[kResults<Formula>];
+    tile.template load<kGram<Formula>>(tile.gram, r, gram);
+    if constexpr (kAdvances<Formula>) {
+      A sums[Formula::residuals];
+      tile.template load<Formula::residuals>(tile.sums, r, sums);
+      tile.template load<Formula::coefficients>(tile.c, r, c);
+      f.solve(r, gram, unscaled, sums, c, result);
+    } else {
+      bool alone = true;
+      if constexpr (Formula::residuals > 0) {
+        alone = !f.prepare(r, gram, unscaled, c);
+        f.solve(r, gram, unscaled, static_cast<const A*>(nullptr), c, result);
+      } else {
+        f.solve(r, gram, unscaled, c, result);
+      }
+      tile.apart[r] = !(alone & tile.safe(f, gram, c));
+    }
+    tile.template store<Formula::coefficients>(c, r, tile.c);
+    tile.template store<Formula::results>(result, r, results);
+  });
+  if constexpr (Formula::residuals > 0) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      double result[Formula::results];
+      tile.template load<Formula::results>(results, r, result);
+      if (!tile.apart[r]) tile.formula.finish(tile.first + r, result);
+    }
+  } else if constexpr (Formula::results > 0) {
+    write_rows(tile.formula.stored(), tile.first, tile.rows, results[0]);
+  }
 }
 
 template <int width, bool two_chunks, class Formula, class E>
 WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
   using A = typename E::A;
+  constexpr bool advance = kAdvances<Formula> && !two_chunks && width > 1;
   const E elements(problem);
   const int64_t length = problem.layout.inner;
-  const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), 4, kShortRows);
-  for (int64_t tile = first; tile < last; tile += most) {
-    const int64_t rows = std::min(most, last - tile);
-    A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
-    gram_of_short_rows<width, two_chunks, Formula>(elements, tile * length, length, rows, gram);
-    bool solved = false, combine[kShortRows];
-    if constexpr (Formula::residuals == 0) solved = solve_short_rows(problem.formula, tile, rows, gram, c);
-    for (int64_t r = 0; r < rows && !solved; ++r) {
-      double sums[kGram<Formula>];
-      A coefficients[kCoefficients<Formula>];
-      for (int p = 0; p < kGram<Formula>; ++p) sums[p] = gram[p][r];
-      combine[r] = solve_row<false>(problem, elements, tile + r, Ahead{}, sums, coefficients);
-      for (int q = 0; q < Formula::coefficients; ++q) c[q][r] = coefficients[q];
-    }
-    if constexpr (Formula::outputs > 0) {
-      if (problem.out[0] == nullptr) continue;
+  const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), kSolved, kShortRows);
+  for (int64_t begin = first; begin < last; begin += most) {
+    const int64_t rows = std::min(most, last - begin);
+    RowTile<Formula, A> tile{problem.formula, begin, rows};
+    gram_of_short_rows<width, two_chunks, Formula>(elements, begin * length, length, rows, tile.gram);
+    if constexpr (kAdvances<Formula>) {
+      prepare_rows(tile);
       for (int64_t r = 0; r < rows; ++r) {
-        A coefficients[kCoefficients<Formula>];
-        static_for<Formula::coefficients>([&](auto q) __attribute__((always_inline)) { coefficients[q] = c[q][r]; });
-        if (solved || combine[r])
-          combine_short_row<width, Formula>(elements, (tile + r) * length, length, coefficients);
+        if (tile.apart[r]) continue;
+        A c[kCoefficients<Formula>], sums[Formula::residuals];
+        tile.template load<Formula::coefficients>(tile.c, r, c);
+        const int64_t at = (begin + r) * length;
+        residuals_of_range<Formula, advance>(elements, at, at + length, Ahead{}, c, sums);
+        tile.template store<Formula::residuals>(sums, r, tile.sums);
       }
+    }
+    solve_rows(tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      A c[kCoefficients<Formula>];
+      tile.template load<Formula::coefficients>(tile.c, r, c);
+      if (__builtin_expect(tile.apart[r], 0)) {
+        double sums[kGram<Formula>];
+        for (int p = 0; p < kGram<Formula>; ++p) sums[p] = tile.gram[p][r];
+        if (!solve_row<advance>(problem, elements, begin + r, Ahead{}, sums, c)) continue;
+      }
+      const int64_t at = (begin + r) * length;
+      if constexpr (advance)
+        rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
+      else if constexpr (Formula::outputs > 0)
+        if (problem.out[0] != nullptr) combine_short_row<width, Formula>(elements, at, length, c);
     }
   }
 }
@@ -792,9 +861,8 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_
 template <class Formula, class E> void run_short_rows(const Problem<Formula>& problem) {
   const int64_t length = problem.layout.inner;
   at::parallel_for(0, problem.layout.rows, kGrain / length, [&](int64_t first, int64_t last) {
-    if constexpr (kShortRow<Formula> > 32)
-      if (length >= 32) return short_rows_in_range<16, false, Formula, E>(problem, first, last);
-    if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, first, last);
+    if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, first, last);
+    else if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, first, last);
     else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, first, last);
     else short_rows_in_range<1, false, Formula, E>(problem, first, last);
   });
