@@ -73,7 +73,7 @@ struct PolarRow {
     const double along = along_t(root, gram[1]);
     x.p = x.G_scale * x.sign * shifted(along, e[1]);
     x.G_square = gram[2];
-    x.G_perp_square = larger(0.0, x.G_square - along * along);
+    x.G_perp_square = zero_unless(!one_column, larger(0.0, x.G_square - along * along));
     return x;
   }
   // <x, t> up to sign, from |w| and <x, w>.
@@ -176,6 +176,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       const double c = shifted(u.C, e[2]), root = ::sqrt(static_cast<double>(gram[0]));
       const double g_along = PolarRow::along_t(root, gram[1]), m_along = PolarRow::along_t(root, gram[3]);
       u.d_perp_square += 2 * b * c * (gram[4] - g_along * m_along) + c * c * (gram[5] - m_along * m_along);
+      u.d_perp_square = zero_unless(!rows.one_column, u.d_perp_square);
       u.terms += c * c * gram[5];
     }
     return u;
@@ -193,7 +194,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       c[2] = static_cast<A>(zero_unless(largest > 0, m / largest));
       c[3] = static_cast<A>(gram[3] / gram[0]);
     }
-    return (x.length > 0) &
+    return (x.length > 0) & !rows.one_column &
            ((u.d_perp_square < kCancellation * u.terms) | (x.G_perp_square < kCancellation * x.G_square));
   }
   template <class A> static WN_INLINE void residual(const A* c, const A* x, A* term) {

@@ -52,6 +52,7 @@ constexpr int64_t kShortBytes = 16384;  // and as many as stay in L1 between rea
 constexpr int64_t kSolved = 16;         // of them are solved at a time
 constexpr int kKeptLanes = 4;           // of the sums over a short row, until all rows of a tile have theirs
 constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
+constexpr int64_t kStepOfRow = 32;      // elements that take as long as the arithmetic of a step for one row
 constexpr int64_t kLine = 64;           // bytes that memory delivers at once
 constexpr int64_t kAhead = 2048;        // bytes between an element and what is asked of memory meanwhile
 constexpr int64_t kCached = 1 << 20;    // bytes that need not be asked for: they are found in a cache
@@ -72,13 +73,14 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
-// Rows below kShortRow go in tiles, and in a cache rows below kLongRow; from memory these are quicker with what `Ahead` asks
-// for.
-constexpr int64_t kShortRow = 256, kLongRow = 1024, kLastCache = 1 << 23;
-template <class Formula, class E> bool in_tiles(const Layout& layout) {
-  const int64_t length = layout.inner, longest = Formula::residuals > 0 ? kLongRow + 1 : kLongRow;
-  if (layout.outer > 1 || length >= longest) return false;
-  return length < kShortRow || layout.rows * length * E::bytes <= kLastCache;
+// Rows below kShortRow go in tiles. So do those below kLongRow as long as the call finds all its problems in a cache: from
+// memory they are quicker with what `Ahead` asks for. The Gram matrices of a step are the same either way.
+constexpr int64_t kShortRow = 256, kLongRow = 1024;
+constexpr int64_t kLastCache = 8 << 20, kLastCacheOfSteps = 20 << 20;
+template <class Formula> bool in_tiles(const Layout& layout, int64_t bytes_of_call) {
+  constexpr bool step = Formula::residuals > 0;
+  if (layout.outer > 1 || layout.inner >= kLongRow + step) return false;
+  return layout.inner < kShortRow || bytes_of_call <= (step ? kLastCacheOfSteps : kLastCache);
 }
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
@@ -621,39 +623,50 @@ template <int width, class A> WN_INLINE void sum_lanes(const A* lanes, A* sums) 
 
 WN_INLINE int64_t whole(int64_t rows) { return (rows + kSolved - 1) / kSolved * kSolved; }
 
-// The Gram matrices of the short rows from element `begin` on. A row is read in chunks of `width` elements, of which
-// the last one ends where the row does: what it shares with the one before counts once. Where there are at most two
-// chunks, the sums stay in registers. Rows that the last kSolved lack are zero.
+// sums[p][lane] = what terms(x, add) adds by add(p, term) in that lane, over the elements x of a short row from `begin` on.
+// A row is read in chunks of `width` elements, of which the last one ends where the row does: what it shares with the one
+// before counts once. Where there are at most two chunks, the sums stay in registers.
+template <int width, bool two_chunks, class Formula, class E, class F>
+WN_INLINE void sum_short_row(const E& elements, Ahead ahead, int64_t begin, int64_t length, typename E::A (*sums)[width],
+                             F&& terms) {
+  using A = typename E::A;
+  const int rest = length % width;
+  const auto at = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
+    A x[Formula::inputs];
+    elements.load(i, x);
+    terms(x, add);
+  };
+  const auto ends = [&](int lane) __attribute__((always_inline)) {
+    at(begin + lane, [&](auto p, A term) __attribute__((always_inline)) { sums[p][lane] = term; });
+    at(begin + length - width + lane, [&](auto p, A term) __attribute__((always_inline)) {
+      sums[p][lane] += zero_unless(lane >= width - rest, term);
+    });
+  };
+  const auto between = [&](int64_t i, int lane) __attribute__((always_inline)) {
+    at(i + lane, [&](auto p, A term) __attribute__((always_inline)) { sums[p][lane] += term; });
+  };
+#pragma omp simd
+  for (int lane = 0; lane < width; ++lane) ends(lane);
+  if constexpr (!two_chunks)
+    for (int64_t i = width; i + width <= length; i += width) {
+      if (ahead.next != 0) elements.template ask<0, Formula::gram_inputs, width>(begin + i);
+#pragma omp simd
+      for (int lane = 0; lane < width; ++lane) between(begin + i, lane);
+    }
+}
+
+// The Gram matrices of the short rows from element `begin` on. Rows that the last kSolved lack are zero.
 template <int width, bool two_chunks, class Formula, class E>
-WN_INLINE void gram_of_short_rows(const E& elements, int64_t begin, int64_t length, int64_t rows,
+WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin, int64_t length, int64_t rows,
                                   typename E::A (*gram)[kShortRows]) {
   using A = typename E::A;
   constexpr int kept = std::min(width, kKeptLanes);
-  const int rest = length % width;
   A lanes[kGram<Formula>][kShortRows * kept];
   for (int64_t r = 0; r < rows; ++r, begin += length) {
     A sums[kGram<Formula>][width];
-    const auto products = [&](int64_t i, auto&& add) __attribute__((always_inline)) {
-      A x[Formula::inputs];
-      elements.load(i, x);
-      for_products<Formula>(x, add);
-    };
-    const auto ends = [&](int lane) __attribute__((always_inline)) {
-      products(begin + lane, [&](auto p, A product) __attribute__((always_inline)) { sums[p][lane] = product; });
-      products(begin + length - width + lane, [&](auto p, A product) __attribute__((always_inline)) {
-        sums[p][lane] += zero_unless(lane >= width - rest, product);
-      });
-    };
-    const auto between = [&](int64_t i, int lane) __attribute__((always_inline)) {
-      products(i + lane, [&](auto p, A product) __attribute__((always_inline)) { sums[p][lane] += product; });
-    };
-#pragma omp simd
-    for (int lane = 0; lane < width; ++lane) ends(lane);
-    if constexpr (!two_chunks)
-      for (int64_t i = width; i + width <= length; i += width) {
-#pragma omp simd
-        for (int lane = 0; lane < width; ++lane) between(begin + i, lane);
-      }
+    sum_short_row<width, two_chunks, Formula>(
+        elements, ahead, begin, length, sums,
+        [](const A* x, auto&& add) __attribute__((always_inline)) { for_products<Formula>(x, add); });
     static_for<kGram<Formula>>([&](auto p) __attribute__((always_inline)) {
       fold<width, kept>(sums[p], lanes[p] + r * kept);
     });
@@ -665,8 +678,11 @@ WN_INLINE void gram_of_short_rows(const E& elements, int64_t begin, int64_t leng
 }
 
 template <int width, class Formula, class E>
-WN_INLINE void combine_short_row(const E& elements, int64_t begin, int64_t length, const typename E::A* c) {
+WN_INLINE void combine_short_row(const E& elements, int64_t next, int64_t begin, int64_t length,
+                                 const typename E::A* coefficients) {
   using A = typename E::A;
+  A c[kCoefficients<Formula>];
+  static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
   struct Chunk { A y[kOutputs<Formula>][width]; };
   const auto combine = [&](int64_t i, Chunk& chunk) __attribute__((always_inline)) {
     const auto each = [&](int lane) __attribute__((always_inline)) {
@@ -691,6 +707,7 @@ WN_INLINE void combine_short_row(const E& elements, int64_t begin, int64_t lengt
   const bool rest = length % width > 0;
   if (rest) combine(begin + length - width, last);  // before what it shares is overwritten
   for (int64_t i = 0; i + width <= length; i += width) {
+    if (next != 0) elements.template ask<0, Formula::gram_inputs, width>(next + begin + i);
     combine(begin + i, chunk);
     store(begin + i, chunk);
   }
@@ -727,6 +744,8 @@ template <class Formula, class A> struct RowTile {
   A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
   A sums[kAtLeastOne<Formula::residuals>][kShortRows];
   int apart[kShortRows];  // rows that may have to be scaled, or need sums that the others do not: nothing is stored
+
+  RowTile(const Formula& of, int64_t row, int64_t count) : formula(of), first(row), rows(count) {}
 
   // Calls f(formula, r) for each row r, where the formula's arrays begin with the tile's first row.
   template <class F> WN_INLINE void for_rows(F&& f) {
@@ -818,17 +837,34 @@ template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formul
   }
 }
 
+// What the passes over a tile ask memory for.
+struct TileAhead {
+  Ahead from_memory;  // as they go
+  bool next;          // what is read only is found in a cache, but a far one: combining, ask for the next tile
+};
+
 template <int width, bool two_chunks, class Formula, class E>
-WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
+WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAhead ahead, int64_t first, int64_t last) {
   using A = typename E::A;
-  constexpr bool advance = kAdvances<Formula> && !two_chunks && width > 1;
+  constexpr bool several_chunks = !two_chunks && width > 1, advance = kAdvances<Formula> && several_chunks;
   const E elements(problem);
   const int64_t length = problem.layout.inner;
   const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), kSolved, kShortRows);
+  const int64_t next = ahead.next ? most * length - kAhead / int64_t(sizeof(A)) : 0;
+  ahead.from_memory.next *= most;
   for (int64_t begin = first; begin < last; begin += most) {
     const int64_t rows = std::min(most, last - begin);
-    RowTile<Formula, A> tile{problem.formula, begin, rows};
-    gram_of_short_rows<width, two_chunks, Formula>(elements, begin * length, length, rows, tile.gram);
+    RowTile<Formula, A> tile(problem.formula, begin, rows);
+    if (several_chunks && Formula::residuals > 0 && length >= kShortRow) {
+      for (int64_t r = 0; r < rows; ++r) {
+        A gram[kGram<Formula>];
+        const int64_t at = (begin + r) * length;
+        reduce_gram<Formula>(elements, at, at + length, Ahead{}, gram);
+        tile.template store<kGram<Formula>>(gram, r, tile.gram);
+      }
+    } else {
+      gram_of_short_rows<width, two_chunks, Formula>(elements, ahead.from_memory, begin * length, length, rows, tile.gram);
+    }
     if constexpr (kAdvances<Formula>) {
       prepare_rows(tile);
       for (int64_t r = 0; r < rows; ++r) {
@@ -836,7 +872,15 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_
         A c[kCoefficients<Formula>], sums[Formula::residuals];
         tile.template load<Formula::coefficients>(tile.c, r, c);
         const int64_t at = (begin + r) * length;
-        residuals_of_range<Formula, advance>(elements, at, at + length, Ahead{}, c, sums);
+        if constexpr (advance) {
+          residuals_of_range<Formula, true>(elements, at, at + length, ahead.from_memory, c, sums);
+        } else {
+          A lanes[Formula::residuals][width];
+          sum_short_row<width, two_chunks, Formula>(
+              elements, Ahead{}, at, length, lanes,
+              [&](const A* x, auto&& add) __attribute__((always_inline)) { for_residuals<Formula>(c, x, add); });
+          for (int p = 0; p < Formula::residuals; ++p) sums[p] = tree<width / 2>(lanes[p]);
+        }
         tile.template store<Formula::residuals>(sums, r, tile.sums);
       }
     }
@@ -853,18 +897,23 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, int64_
       if constexpr (advance)
         rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
       else if constexpr (Formula::outputs > 0)
-        if (problem.out[0] != nullptr) combine_short_row<width, Formula>(elements, at, length, c);
+        if (problem.out[0] != nullptr) combine_short_row<width, Formula>(elements, next, at, length, c);
     }
   }
 }
 
-template <class Formula, class E> void run_short_rows(const Problem<Formula>& problem) {
+template <class Formula, class E> void run_short_rows(const Problem<Formula>& problem, int64_t bytes_of_call) {
   const int64_t length = problem.layout.inner;
-  at::parallel_for(0, problem.layout.rows, kGrain / length, [&](int64_t first, int64_t last) {
-    if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, first, last);
-    else if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, first, last);
-    else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, first, last);
-    else short_rows_in_range<1, false, Formula, E>(problem, first, last);
+  TileAhead ahead{{}, false};
+  if (bytes_of_call > kLastCacheOfSteps) ahead.from_memory = ahead_of<Formula, E>(problem);
+  else ahead.next = Formula::residuals > 0 && bytes_of_call > kLastCache;
+  const int64_t row = length + (Formula::residuals > 0 ? kStepOfRow : 0);
+  at::parallel_for(0, problem.layout.rows, std::max<int64_t>(1, kGrain / row), [&](int64_t first, int64_t last) {
+    if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, ahead, first, last);
+    else if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, ahead, first, last);
+    else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, ahead, first, last);
+    else if (length >= 4) short_rows_in_range<4, true, Formula, E>(problem, ahead, first, last);
+    else short_rows_in_range<1, false, Formula, E>(problem, ahead, first, last);
   });
 }
 
@@ -1021,12 +1070,16 @@ void run_columns(const Problem<Formula>& problem, Columns m) {
   });
 }
 
-template <class Formula, class In, class Out> void run_typed(const Problem<Formula>& problem) {
+template <class Formula, class In> int64_t bytes_of(const Problem<Formula>& problem) {
+  return problem.layout.rows * problem.layout.row_length() * In::bytes;
+}
+
+template <class Formula, class In, class Out> void run_typed(const Problem<Formula>& problem, int64_t bytes_of_call) {
   using E = Elements<Formula, In, Out>;
   const Layout& layout = problem.layout;
   const int64_t length = layout.row_length();
   if (length == 0) return rows_in_range<Formula, E>(problem, 0, layout.rows);
-  if (in_tiles<Formula, E>(layout)) return run_short_rows<Formula, E>(problem);
+  if (in_tiles<Formula>(layout, bytes_of_call)) return run_short_rows<Formula, E>(problem, bytes_of_call);
   if (layout.outer > 1 && layout.inner < kShortSegment)
     return run_columns<Formula, E>(problem, {layout.outer, layout.rows * layout.inner, layout.inner,
                                              layout.rows * layout.inner});
@@ -1035,14 +1088,23 @@ template <class Formula, class In, class Out> void run_typed(const Problem<Formu
                    [&](int64_t first, int64_t last) { rows_in_range<Formula, E>(problem, first, last); });
 }
 
+template <class Formula, class In, class Out> void run_typed(const Problem<Formula>& problem) {
+  run_typed<Formula, In, Out>(problem, bytes_of<Formula, In>(problem));
+}
+
 // Several problems of the same types: small ones side by side in one parallel region, large ones one after the other.
 template <class Formula, class In, class Out> void run_typed(const std::vector<Problem<Formula>>& problems) {
   std::vector<const Problem<Formula>*> small;
-  int64_t elements = 0;
+  int64_t elements = 0, bytes = 0;
+  for (const Problem<Formula>& problem : problems) bytes += bytes_of<Formula, In>(problem);
+  // Rows of a kernel that is no step differ in their last bits by path: there each problem is on its own.
+  const auto bytes_of_call = [bytes](const Problem<Formula>& problem) {
+    return Formula::residuals > 0 ? bytes : bytes_of<Formula, In>(problem);
+  };
   for (const Problem<Formula>& problem : problems) {
     const int64_t size = problem.layout.rows * problem.layout.row_length();
     if (size > kGrain) {
-      run_typed<Formula, In, Out>(problem);
+      run_typed<Formula, In, Out>(problem, bytes_of_call(problem));
     } else {
       small.push_back(&problem);
       elements += size;
@@ -1052,7 +1114,7 @@ template <class Formula, class In, class Out> void run_typed(const std::vector<P
   if (count > 0)
     at::parallel_for(0, count, std::max<int64_t>(1, kGrain * count / std::max<int64_t>(1, elements)),
                      [&](int64_t first, int64_t last) {
-                       for (int64_t i = first; i < last; ++i) run_typed<Formula, In, Out>(*small[i]);
+                       for (int64_t i = first; i < last; ++i) run_typed<Formula, In, Out>(*small[i], bytes_of_call(*small[i]));
                      });
 }
 
