@@ -1,5 +1,5 @@
 """The polar steps against torch's optimizers on the plain model and on torch's parametrization of it: the step alone, for
-one large weight and for many small ones, and a full training step of one Linear layer.
+one large weight, for weights that stay in a cache and for many small ones, and a full training step of one Linear layer.
 
     python -m bench.optimizers
     python -m bench.optimizers --device cuda
@@ -38,8 +38,9 @@ def providers(torchs, ours, options):
     }
 
 
-def large():
-    return nn.Sequential(nn.Linear(4096, 4096, bias=False))
+def one(rows, columns):
+    """A maker of models of one weight."""
+    return lambda: nn.Sequential(nn.Linear(columns, rows, bias=False))
 
 
 def small():
@@ -48,10 +49,13 @@ def small():
 
 # case -> (maker of models, mode, batch)
 CASES = {
-    "step, 4096x4096": (large, "step", 1),
+    "step, 4096x4096": (one(4096, 4096), "step", 1),
     "step, 200 of 16x16": (small, "step", 1),
-    "full step, 4096x4096, batch 16": (large, "full", 16),
+    "full step, 4096x4096, batch 16": (one(4096, 4096), "full", 16),
 }
+IN_A_CACHE = tuple(f"step, {rows}x{columns}" for rows, columns in (
+    (64, 4096), (256, 1024), (512, 512), (1024, 256), (1024, 1024)))
+CASES |= {name: (one(*map(int, name.removeprefix("step, ").split("x"))), "step", 1) for name in IN_A_CACHE}
 
 
 def parts(case, optimizer, provider, device):
@@ -59,7 +63,8 @@ def parts(case, optimizer, provider, device):
     make, _, batch = CASES[case]
     with torch.device(device):
         model, steps = providers(*OPTIMIZERS[optimizer][:3])[provider](make)
-        return model, steps, torch.randn(batch, 4096, requires_grad=True), torch.randn(batch, 4096)
+        rows, columns = model[0].out_features, model[0].in_features
+        return model, steps, torch.randn(batch, columns, requires_grad=True), torch.randn(batch, rows)
 
 
 def three_steps(*names):
@@ -78,12 +83,12 @@ def main(arguments=None):
             for name, (torchs, ours, settings, passes, bound) in OPTIMIZERS.items():
                 models = {p: parts(case, name, p, options.device) for p in providers(torchs, ours, settings)}
                 calls = {p: training.timed(mode, *made) for p, made in models.items()}
-                if "4096" in case:
+                if all(len(model) == 1 for model, *_ in models.values()):
                     for call in calls.values():
                         call()
                     training.in_the_same_memory(optimizer for _, optimizer, *_ in models.values())
                 source, copy = (torch.randn(4096, 4096, device=options.device) for _ in range(2))
-                if "4096" in case:
+                if "4096x4096" in case:
                     calls["copy"] = lambda: copy.copy_(source)  # noqa: B023
                 times = harness.measure(calls, device=options.device, seconds=options.seconds)
                 for provider in calls:
@@ -96,7 +101,7 @@ def main(arguments=None):
                         point = case, name, provider, options.device
                         row["peak_bytes"] = harness.peak_memory(three_steps, *point, device=options.device)
                     rows.append(row)
-                goal = bound if case.startswith("step, 4096") else 1.02 if case.startswith("full") else 1.0
+                goal = bound if case == "step, 4096x4096" else 1.02 if case.startswith("full") else 1.0
                 mine = next(r for r in reversed(rows) if r["provider"] == "wnkernels")
                 for other in ("fused", "foreach"):
                     if mine[f"ratio_{other}"] > goal:

@@ -97,6 +97,7 @@ def optimizers(folder):
         line("step with telemetry", large, "wnkernels, telemetry"),
         line("full training step, batch 16", full, "wnkernels"),
         line("full training step of torch's parametrization", full, "torch parametrized"),
+        *(line(f"step, {case.removeprefix('step, ').replace('x', '×')}", case, "wnkernels") for case in steps.IN_A_CACHE),
         line("step on 200 weights of 16×16", small, "wnkernels"),
         line("the same, torch's `foreach`", small, "torch foreach"),
     ])

@@ -391,6 +391,16 @@ def test_extreme_alpha_never_gives_nan(alpha, dtype):
         torch.testing.assert_close(w.double(), expected, rtol=1e-6, atol=1.5e-45)
 
 
+@pytest.mark.parametrize("columns", [1, 2000])
+def test_exponential_radius_is_right_to_the_last_bits(columns):
+    """e^alpha over its whole range, where rows are solved side by side and where they are not."""
+    alpha = torch.linspace(-745.0, 709.7, 3001, dtype=torch.float64)[:, None] + torch.rand(3001, 1, dtype=torch.float64) * 0.05
+    v = torch.zeros(3001, columns, dtype=torch.float64)
+    v[:, 0] = 1
+    w = wF.weight_norm(v, alpha, 0, "ewn")
+    torch.testing.assert_close(w[:, :1], alpha.exp(), rtol=5e-16, atol=1e-323)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("shape,dim", [((4, 50), 0), ((50, 4), 1), ((4, 7), 0), ((2, 40000), 0)])
 def test_non_finite_gradient_stays_in_its_row(shape, dim, value):

@@ -8,7 +8,7 @@ import torch
 from wnkernels import functional as wF
 
 SHAPES = [((6, 10), 0), ((6, 10), 1), ((6, 10), None), ((40, 9), 0), ((4, 3, 5, 5), 0), ((4, 3, 5, 5), 1), ((3, 5000), 0),
-          ((2, 70001), 0), ((1, 1), 0), ((7, 2), 0), ((0, 4), 0)]
+          ((2, 70001), 0), ((1, 1), 0), ((7, 2), 0), ((0, 4), 0), ((70, 5), 0), ((37, 70), 0), ((19, 400), 0), ((21, 1024), 0)]
 SGD = [dict(), dict(weight_decay=0.1, radius_weight_decay=0.05, ratio=0.3, maximize=True), dict(momentum=0.9),
        dict(momentum=0.9, dampening=0.1, weight_decay=0.1, radius_weight_decay=0.1, ratio=0.5),
        dict(momentum=0.9, nesterov=True, weight_decay=0.1, ratio=2.0)]
@@ -155,6 +155,41 @@ def test_edited_weights_are_picked_up():
     net.steps = 1
     net.polar_step(torch.zeros(5, 40))
     torch.testing.assert_close(net.radius, before, rtol=1e-6, atol=1e-6)
+
+
+def test_edited_log_radii_are_right_to_the_last_bit():
+    """The radius of an edited row is log |w|, of every size: the step's own logarithm."""
+    net = Net((400, 3), 0, "ewn", torch.float64, {})
+    net.w.mul_(10 ** (torch.rand(400, 1, dtype=torch.float64) * 590 - 295))
+    net.w[1] = 1e-309  # the logarithm of a subnormal number
+    lengths = [math.hypot(*row) for row in net.w.tolist()]
+    net.steps = 1
+    net.polar_step(torch.zeros(400, 3, dtype=torch.float64))
+    for radius, length in zip(net.radius.tolist(), lengths):
+        assert abs(radius - math.log(length)) <= 1e-15 * max(1.0, abs(radius)), (radius, length)
+
+
+@pytest.mark.parametrize("kind", ["swn", "ewn"])
+@pytest.mark.parametrize("adam,options", [(False, SGD[0]), (False, SGD[4]), (True, ADAM[1])])
+def test_other_weights_of_a_call_do_not_change_the_bits(adam, options, kind):
+    """Rows are solved side by side where all weights of a call fit into a cache, and one by one elsewhere."""
+    state, results = torch.get_rng_state(), []
+    for columns in (1, 2500):  # of the last weight
+        torch.set_rng_state(state)
+        nets = [Net(shape, 0, kind, torch.float32, options, adam) for shape in ((33, 300), (20, 1024))]
+        G = [torch.randn_like(net.w) for net in nets]
+        G[0][3] = 2 * nets[0].w[3]  # without a tangent
+        nets[1].w[5] *= 1e-30
+        nets.append(Net((1100, columns), 0, kind, torch.float32, options, adam))
+        G.append(torch.randn_like(nets[-1].w))
+        weights = [[getattr(net, name) for net in nets] for name in ("w", "radius", "norm")]
+        averages = [[one[i][0] for one in (net.state for net in nets)] for i in range(len(nets[0].state))]
+        step = wF.polar_adam_ if adam else wF.polar_sgd_
+        step(weights[0], G, *weights[1:], *averages, kind=kind, dims=[0] * 3, lr=0.05, radius_lr=0.05,
+             **{k: x for k, x in nets[0].options.items() if k != "ratio"}, **(dict(step=1) if adam else dict(first_step=True)))
+        results.append([t for net in nets[:2] for t in (net.w, net.radius, net.norm)])
+    for alone, beside in zip(*results):
+        assert torch.equal(alone, beside)
 
 
 def test_lost_rows_and_bad_gradients_stay_alone():
