@@ -117,6 +117,7 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   static_assert(sizeof...(I) == Formula::inputs && sizeof...(O) == Formula::outputs, "one type per operand");
   using A = std::conditional_t<(std::is_same_v<I, double> || ...), double, float>;
   static constexpr int64_t bytes = Types<I...>::bytes;
+  static constexpr bool has_16_bits = ((sizeof(I) == 2) || ...);
   static constexpr bool stores_bf16 = (std::is_same_v<O, bf16> || ...);
 
   const void* in[Formula::inputs];
@@ -773,6 +774,8 @@ template <class Formula, class A> struct RowTile {
       vectors(std::false_type{});
   }
 
+  bool all_together() const { return std::count(apart, apart + rows, 0) == rows; }
+
   template <int count, class T> static WN_INLINE void load(const T (*from)[kShortRows], int64_t r, T* to) {
     static_for<count>([&](auto i) __attribute__((always_inline)) { to[i] = from[i][r]; });
   }
@@ -850,7 +853,8 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAh
   const E elements(problem);
   const int64_t length = problem.layout.inner;
   const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), kSolved, kShortRows);
-  const int64_t next = ahead.next ? most * length - kAhead / int64_t(sizeof(A)) : 0;
+  const bool asks = several_chunks && Formula::residuals > 0 && ahead.next;
+  const int64_t next = asks ? most * length - kAhead / int64_t(sizeof(A)) : 0;
   ahead.from_memory.next *= most;
   for (int64_t begin = first; begin < last; begin += most) {
     const int64_t rows = std::min(most, last - begin);
@@ -885,6 +889,8 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAh
       }
     }
     solve_rows(tile);
+    if constexpr (Formula::outputs == 0)
+      if (tile.all_together()) continue;
     for (int64_t r = 0; r < rows; ++r) {
       A c[kCoefficients<Formula>];
       tile.template load<Formula::coefficients>(tile.c, r, c);
@@ -912,7 +918,7 @@ template <class Formula, class E> void run_short_rows(const Problem<Formula>& pr
     if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, ahead, first, last);
     else if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, ahead, first, last);
     else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, ahead, first, last);
-    else if (length >= 4) short_rows_in_range<4, true, Formula, E>(problem, ahead, first, last);
+    else if (length >= 4 && !E::has_16_bits) short_rows_in_range<4, true, Formula, E>(problem, ahead, first, last);
     else short_rows_in_range<1, false, Formula, E>(problem, ahead, first, last);
   });
 }
