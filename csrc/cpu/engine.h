@@ -4,8 +4,8 @@
 // double. So the bits depend neither on the number of threads nor on the path taken:
 //   rows     a row is contiguous (or `outer` contiguous segments): one row at a time through the cache;
 //   split    the same, but too few rows to go around: pieces of rows in parallel, in three phases;
-//   short    rows of a few elements, in a cache of some hundreds: tiles of rows, the arithmetic per row side by side in
-//            the lanes too;
+//   short    rows of a few elements, in a cache of up to a thousand: tiles of rows, the arithmetic per row side by side
+//            in the lanes too;
 //   columns  neighbouring elements belong to different rows (last dim, small inner): tiles of columns side by side in
 //            the lanes.
 #pragma once
@@ -842,8 +842,8 @@ template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formul
 
 // What the passes over a tile ask memory for.
 struct TileAhead {
-  Ahead from_memory;  // as they go
-  bool next;          // what is read only is found in a cache, but a far one: combining, ask for the next tile
+  Ahead from_memory;  // nothing where all is found in a cache
+  bool next;          // in a far one: while a tile is combined, for the next tile
 };
 
 template <int width, bool two_chunks, class Formula, class E>
