@@ -889,21 +889,26 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAh
       }
     }
     solve_rows(tile);
-    if constexpr (Formula::outputs == 0)
-      if (tile.all_together()) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      A c[kCoefficients<Formula>];
-      tile.template load<Formula::coefficients>(tile.c, r, c);
-      if (__builtin_expect(tile.apart[r], 0)) {
+    bool done[kShortRows] = {};
+    if (!tile.all_together())  // a loop of its own: beside it the next one would spill
+      for (int64_t r = 0; r < rows; ++r) {
+        if (!tile.apart[r]) continue;
         double sums[kGram<Formula>];
+        A c[kCoefficients<Formula>] = {};
         for (int p = 0; p < kGram<Formula>; ++p) sums[p] = tile.gram[p][r];
-        if (!solve_row<advance>(problem, elements, begin + r, Ahead{}, sums, c)) continue;
+        done[r] = !solve_row<advance>(problem, elements, begin + r, Ahead{}, sums, c);
+        tile.template store<Formula::coefficients>(c, r, tile.c);
       }
-      const int64_t at = (begin + r) * length;
-      if constexpr (advance)
-        rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
-      else if constexpr (Formula::outputs > 0)
-        if (problem.out[0] != nullptr) combine_short_row<width, Formula>(elements, next, at, length, c);
+    if constexpr (Formula::outputs > 0) {
+      if (problem.out[0] == nullptr) continue;
+      for (int64_t r = 0; r < rows; ++r) {
+        if (done[r]) continue;
+        A c[kCoefficients<Formula>];
+        tile.template load<Formula::coefficients>(tile.c, r, c);
+        const int64_t at = (begin + r) * length;
+        if constexpr (advance) rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
+        else combine_short_row<width, Formula>(elements, next, at, length, c);
+      }
     }
   }
 }
