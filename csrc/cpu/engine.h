@@ -915,6 +915,8 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAh
 
 template <class Formula, class E> void run_short_rows(const Problem<Formula>& problem, int64_t bytes_of_call) {
   const int64_t length = problem.layout.inner;
+  // In 16 bits chunks of four take longer than single elements; and a step has the bits of any type of its gradient.
+  constexpr bool fours = Formula::residuals == 0 && !E::has_16_bits;
   TileAhead ahead{{}, false};
   if (bytes_of_call > kLastCacheOfSteps) ahead.from_memory = ahead_of<Formula, E>(problem);
   else ahead.next = Formula::residuals > 0 && bytes_of_call > kLastCache;
@@ -923,7 +925,7 @@ template <class Formula, class E> void run_short_rows(const Problem<Formula>& pr
     if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, ahead, first, last);
     else if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, ahead, first, last);
     else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, ahead, first, last);
-    else if (length >= 4 && !E::has_16_bits) short_rows_in_range<4, true, Formula, E>(problem, ahead, first, last);
+    else if (fours && length >= 4) short_rows_in_range<fours ? 4 : 1, fours, Formula, E>(problem, ahead, first, last);
     else short_rows_in_range<1, false, Formula, E>(problem, ahead, first, last);
   });
 }
