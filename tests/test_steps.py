@@ -176,20 +176,38 @@ def test_other_weights_of_a_call_do_not_change_the_bits(adam, options, kind):
     state, results = torch.get_rng_state(), []
     for columns in (1, 2500):  # of the last weight
         torch.set_rng_state(state)
-        nets = [Net(shape, 0, kind, torch.float32, options, adam) for shape in ((33, 300), (20, 1024))]
+        nets = [Net(shape, 0, kind, torch.float32, options, adam) for shape in ((33, 300), (20, 1024), (500, 600))]
         G = [torch.randn_like(net.w) for net in nets]
         G[0][3] = 2 * nets[0].w[3]  # without a tangent
         nets[1].w[5] *= 1e-30
+        G[1][7] = 0
         nets.append(Net((1100, columns), 0, kind, torch.float32, options, adam))
         G.append(torch.randn_like(nets[-1].w))
         weights = [[getattr(net, name) for net in nets] for name in ("w", "radius", "norm")]
         averages = [[one[i][0] for one in (net.state for net in nets)] for i in range(len(nets[0].state))]
         step = wF.polar_adam_ if adam else wF.polar_sgd_
-        step(weights[0], G, *weights[1:], *averages, kind=kind, dims=[0] * 3, lr=0.05, radius_lr=0.05,
+        step(weights[0], G, *weights[1:], *averages, kind=kind, dims=[0] * 4, lr=0.05, radius_lr=0.05,
              **{k: x for k, x in nets[0].options.items() if k != "ratio"}, **(dict(step=1) if adam else dict(first_step=True)))
-        results.append([t for net in nets[:2] for t in (net.w, net.radius, net.norm)])
+        results.append([t for net in nets[:-1] for t in (net.w, net.radius, net.norm)])
     for alone, beside in zip(*results):
         assert torch.equal(alone, beside)
+
+
+@pytest.mark.parametrize("columns", [5, 20, 40, 300, 1500])
+@pytest.mark.parametrize("adam,options", [(False, SGD[0]), (False, SGD[2]), (True, ADAM[0])])
+def test_gradients_of_zero_and_gradients_whose_squares_are(adam, options, columns):
+    net = Net((40, columns), 0, "swn", torch.float32, options, adam, lr=0.01 if adam else 0.1)
+    for _ in range(3):
+        G = torch.randn(40, columns, dtype=torch.float64)
+        G[1::3] = 0
+        G[2::3] *= 1e-3
+        net.steps += 1
+        net.optimizer.zero_grad()
+        net.effective().backward(G)
+        net.optimizer.step()
+        net.polar_step((G * 1e-30).float(), grad_scale=torch.tensor(1e-30))
+    assert (G * 1e-30).float().square().sum() == 0
+    net.assert_same(2e-6)
 
 
 def test_lost_rows_and_bad_gradients_stay_alone():

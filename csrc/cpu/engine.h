@@ -73,14 +73,16 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
-// Rows below kShortRow go in tiles. So do those below kLongRow as long as the call finds all its problems in a cache: from
-// memory they are quicker with what `Ahead` asks for. The Gram matrices of a step are the same either way.
+// Rows below kShortRow go in tiles. So do those below kLongRow as long as the call finds all its problems in a cache, and
+// steps of two sweeps from memory too; whatever sweeps it more often is quicker there one row after the other. The Gram
+// matrices of a step are the same either way.
 constexpr int64_t kShortRow = 256, kLongRow = 1024;
 constexpr int64_t kLastCache = 8 << 20, kLastCacheOfSteps = 20 << 20;
 template <class Formula> bool in_tiles(const Layout& layout, int64_t bytes_of_call) {
   constexpr bool step = Formula::residuals > 0;
   if (layout.outer > 1 || layout.inner >= kLongRow + step) return false;
-  return layout.inner < kShortRow || bytes_of_call <= (step ? kLastCacheOfSteps : kLastCache);
+  if (layout.inner < kShortRow || (step && !kAdvances<Formula>)) return true;
+  return bytes_of_call <= (step ? kLastCacheOfSteps : kLastCache);
 }
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
@@ -402,6 +404,17 @@ WN_MULTIVERSION void raise_to_largest(const E& elements, int64_t begin, int64_t 
     for (int lane = 0; lane < kLanes; ++lane) largest[k] = std::max(largest[k], lanes[k][lane]);
 }
 
+// Whether input k is 0 there. Its callers are cold code, in which loops would not be vectorized.
+template <class Formula, int k, class E>
+WN_MULTIVERSION __attribute__((noinline, hot)) bool is_zero(const E& elements, int64_t begin, int64_t end) {
+  typename E::A sum;
+  const auto add_magnitude = [](int64_t, const auto* x, auto&& add) __attribute__((always_inline)) {
+    add(std::integral_constant<int, 0>{}, magnitude(x[k]));
+  };
+  reduce_piece<1, Formula>(elements, begin, end, &sum, add_magnitude, [](int64_t) {});
+  return sum == 0;
+}
+
 // A row that leaves the range of its accumulator: solved in double on scaled inputs (see polar.h).
 // Returns false, and does nothing, where scaling cannot help: non-finite inputs, or inputs that are exactly zero.
 template <class Formula, class E, class A>
@@ -412,15 +425,18 @@ __attribute__((noinline)) bool scaled_row(const Problem<Formula>& problem, const
     for (int64_t o = 0; o < layout.outer; ++o)
       for (int64_t i = 0; i < layout.inner; ++i) element((o * layout.rows + row) * layout.inner + i);
   };
+  const auto zero = [&](auto k) {
+    bool all = true;
+    for_pieces(layout, row, [&](int64_t begin, int64_t end) { all &= is_zero<Formula, k>(elements, begin, end); });
+    return all;
+  };
+  bool helps = !exact;
+  static_for<Formula::gram_inputs>([&](auto k) { helps |= !safe_square(gram[k * (k + 1) / 2 + k]) && !zero(k); });
+  if (!helps) return false;
   A largest[Formula::inputs] = {};
   for_pieces(layout, row, [&](int64_t begin, int64_t end) { raise_to_largest<Formula>(elements, begin, end, largest); });
-  bool helps = !exact;
-  for (int k = 0; k < Formula::gram_inputs; ++k) {
-    const A square = gram[k * (k + 1) / 2 + k];
-    if (std::isnan(square) || std::isinf(largest[k])) return false;
-    helps |= !safe_square(square) && largest[k] > 0;
-  }
-  if (!helps) return false;
+  for (int k = 0; k < Formula::gram_inputs; ++k)
+    if (std::isnan(gram[k * (k + 1) / 2 + k]) || std::isinf(largest[k])) return false;
 
   int e[Formula::inputs];
   PowerOfTwo scale[Formula::inputs];
@@ -679,7 +695,7 @@ WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin,
 }
 
 template <int width, class Formula, class E>
-WN_INLINE void combine_short_row(const E& elements, int64_t next, int64_t begin, int64_t length,
+WN_INLINE void combine_short_row(const E& elements, Ahead ahead, int64_t tile, int64_t begin, int64_t length,
                                  const typename E::A* coefficients) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
@@ -708,7 +724,7 @@ WN_INLINE void combine_short_row(const E& elements, int64_t next, int64_t begin,
   const bool rest = length % width > 0;
   if (rest) combine(begin + length - width, last);  // before what it shares is overwritten
   for (int64_t i = 0; i + width <= length; i += width) {
-    if (next != 0) elements.template ask<0, Formula::gram_inputs, width>(next + begin + i);
+    if (ahead.next != 0) ask_for_next<Formula, 0>(elements, ahead, tile, 0, begin + i - tile);
     combine(begin + i, chunk);
     store(begin + i, chunk);
   }
@@ -744,6 +760,7 @@ template <class Formula, class A> struct RowTile {
   const int64_t first, rows;
   A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
   A sums[kAtLeastOne<Formula::residuals>][kShortRows];
+  int zero[Formula::gram_inputs][kShortRows];  // where an input's square is 0 because all its elements are
   int apart[kShortRows];  // rows that may have to be scaled, or need sums that the others do not: nothing is stored
 
   RowTile(const Formula& of, int64_t row, int64_t count) : formula(of), first(row), rows(count) {}
@@ -782,14 +799,28 @@ template <class Formula, class A> struct RowTile {
   template <int count, class T> static WN_INLINE void store(const T* from, int64_t r, T (*to)[kShortRows]) {
     static_for<count>([&](auto i) __attribute__((always_inline)) { to[i][r] = from[i]; });
   }
-  WN_INLINE bool safe(const Formula& f, const A* row_gram, const A* row_c) const {
+  WN_INLINE bool safe(const Formula& f, int64_t r, const A* row_gram, const A* row_c) const {
     bool all = f.exact(row_c);
     static_for<Formula::gram_inputs>([&](auto k) __attribute__((always_inline)) {
-      all &= safe_square(row_gram[k * (k + 1) / 2 + k]);
+      all &= safe_square(row_gram[k * (k + 1) / 2 + k]) | (zero[k][r] != 0);
     });
     return all;
   }
 };
+
+// Gradients and first momenta of 0 are common: embeddings that a batch did not use. They need no scaling.
+template <class Formula, class E, class A>
+WN_INLINE void find_zeros(const E& elements, int64_t length, RowTile<Formula, A>& tile) {
+  static_for<Formula::gram_inputs>([&](auto k) __attribute__((always_inline)) {
+    const A* const squares = tile.gram[k * (k + 1) / 2 + k];
+    int any = 0;
+    for (int64_t r = 0; r < whole(tile.rows); ++r) any |= tile.zero[k][r] = squares[r] == 0;
+    for (int64_t r = 0; any && r < tile.rows; ++r) {
+      const int64_t begin = (tile.first + r) * length;
+      if (tile.zero[k][r]) tile.zero[k][r] = is_zero<Formula, k>(elements, begin, begin + length);
+    }
+  });
+}
 
 // For a formula that needs its sums in all rows.
 template <class Formula, class A> WN_MULTIVERSION void prepare_rows(RowTile<Formula, A>& tile) {
@@ -798,7 +829,7 @@ template <class Formula, class A> WN_MULTIVERSION void prepare_rows(RowTile<Form
     A gram[kGram<Formula>], c[kCoefficients<Formula>];
     tile.template load<kGram<Formula>>(tile.gram, r, gram);
     const bool exists = f.prepare(r, gram, unscaled, c);
-    tile.apart[r] = !(exists & tile.safe(f, gram, c));
+    tile.apart[r] = !(exists & tile.safe(f, r, gram, c));
     tile.template store<Formula::coefficients>(c, r, tile.c);
   });
 }
@@ -824,7 +855,7 @@ template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formul
       } else {
         f.solve(r, gram, unscaled, c, result);
       }
-      tile.apart[r] = !(alone & tile.safe(f, gram, c));
+      tile.apart[r] = !(alone & tile.safe(f, r, gram, c));
     }
     tile.template store<Formula::coefficients>(c, r, tile.c);
     tile.template store<Formula::results>(result, r, results);
@@ -840,35 +871,30 @@ template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formul
   }
 }
 
-// What the passes over a tile ask memory for.
-struct TileAhead {
-  Ahead from_memory;  // nothing where all is found in a cache
-  bool next;          // in a far one: while a tile is combined, for the next tile
-};
-
 template <int width, bool two_chunks, class Formula, class E>
-WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAhead ahead, int64_t first, int64_t last) {
+WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead ahead, int64_t first, int64_t last) {
   using A = typename E::A;
   constexpr bool several_chunks = !two_chunks && width > 1, advance = kAdvances<Formula> && several_chunks;
+  constexpr bool step = Formula::residuals > 0;
   const E elements(problem);
   const int64_t length = problem.layout.inner;
   const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), kSolved, kShortRows);
-  const bool asks = several_chunks && Formula::residuals > 0 && ahead.next;
-  const int64_t next = asks ? most * length - kAhead / int64_t(sizeof(A)) : 0;
-  ahead.from_memory.next *= most;
+  ahead.next *= most;  // from a tile to the next one
+  const Ahead while_combining = step && length >= kShortRow ? ahead : Ahead{};
   for (int64_t begin = first; begin < last; begin += most) {
     const int64_t rows = std::min(most, last - begin);
     RowTile<Formula, A> tile(problem.formula, begin, rows);
-    if (several_chunks && Formula::residuals > 0 && length >= kShortRow) {
+    if (several_chunks && step && length >= kShortRow) {
       for (int64_t r = 0; r < rows; ++r) {
         A gram[kGram<Formula>];
         const int64_t at = (begin + r) * length;
-        reduce_gram<Formula>(elements, at, at + length, Ahead{}, gram);
+        reduce_gram<Formula>(elements, at, at + length, ahead, gram);
         tile.template store<kGram<Formula>>(gram, r, tile.gram);
       }
     } else {
-      gram_of_short_rows<width, two_chunks, Formula>(elements, ahead.from_memory, begin * length, length, rows, tile.gram);
+      gram_of_short_rows<width, two_chunks, Formula>(elements, ahead, begin * length, length, rows, tile.gram);
     }
+    find_zeros(elements, length, tile);
     if constexpr (kAdvances<Formula>) {
       prepare_rows(tile);
       for (int64_t r = 0; r < rows; ++r) {
@@ -877,7 +903,7 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAh
         tile.template load<Formula::coefficients>(tile.c, r, c);
         const int64_t at = (begin + r) * length;
         if constexpr (advance) {
-          residuals_of_range<Formula, true>(elements, at, at + length, ahead.from_memory, c, sums);
+          residuals_of_range<Formula, true>(elements, at, at + length, ahead, c, sums);
         } else {
           A lanes[Formula::residuals][width];
           sum_short_row<width, two_chunks, Formula>(
@@ -907,7 +933,7 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, TileAh
         tile.template load<Formula::coefficients>(tile.c, r, c);
         const int64_t at = (begin + r) * length;
         if constexpr (advance) rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
-        else combine_short_row<width, Formula>(elements, next, at, length, c);
+        else combine_short_row<width, Formula>(elements, while_combining, begin * length, at, length, c);
       }
     }
   }
@@ -917,9 +943,7 @@ template <class Formula, class E> void run_short_rows(const Problem<Formula>& pr
   const int64_t length = problem.layout.inner;
   // In 16 bits chunks of four take longer than single elements; and a step has the bits of any type of its gradient.
   constexpr bool fours = Formula::residuals == 0 && !E::has_16_bits;
-  TileAhead ahead{{}, false};
-  if (bytes_of_call > kLastCacheOfSteps) ahead.from_memory = ahead_of<Formula, E>(problem);
-  else ahead.next = Formula::residuals > 0 && bytes_of_call > kLastCache;
+  const Ahead ahead = bytes_of_call > kLastCacheOfSteps ? ahead_of<Formula, E>(problem) : Ahead{};
   const int64_t row = length + (Formula::residuals > 0 ? kStepOfRow : 0);
   at::parallel_for(0, problem.layout.rows, std::max<int64_t>(1, kGrain / row), [&](int64_t first, int64_t last) {
     if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, ahead, first, last);
