@@ -73,17 +73,6 @@ template <class Formula> constexpr int kCoefficients = kAtLeastOne<Formula::coef
 template <class Formula> constexpr int kResults = kAtLeastOne<Formula::results>;
 // The second reduction of such a formula writes its outputs already, the first one up to a factor per row.
 template <class Formula> constexpr bool kAdvances = requires { &Formula::template advance<float>; };
-// Rows below kShortRow go in tiles. So do those below kLongRow as long as the call finds all its problems in a cache, and
-// steps of two sweeps from memory too; whatever sweeps it more often is quicker there one row after the other. The Gram
-// matrices of a step are the same either way.
-constexpr int64_t kShortRow = 256, kLongRow = 1024;
-constexpr int64_t kLastCache = 8 << 20, kLastCacheOfSteps = 20 << 20;
-template <class Formula> bool in_tiles(const Layout& layout, int64_t bytes_of_call) {
-  constexpr bool step = Formula::residuals > 0;
-  if (layout.outer > 1 || layout.inner >= kLongRow + step) return false;
-  if (layout.inner < kShortRow || (step && !kAdvances<Formula>)) return true;
-  return bytes_of_call <= (step ? kLastCacheOfSteps : kLastCache);
-}
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
@@ -119,7 +108,7 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   static_assert(sizeof...(I) == Formula::inputs && sizeof...(O) == Formula::outputs, "one type per operand");
   using A = std::conditional_t<(std::is_same_v<I, double> || ...), double, float>;
   static constexpr int64_t bytes = Types<I...>::bytes;
-  static constexpr bool has_16_bits = ((sizeof(I) == 2) || ...);
+  static constexpr bool has_16_bits = ((sizeof(I) == 2) || ...) || ((sizeof(O) == 2) || ...);
   static constexpr bool stores_bf16 = (std::is_same_v<O, bf16> || ...);
 
   const void* in[Formula::inputs];
@@ -163,6 +152,18 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
     ((static_cast<O*>(out[l])[i] = narrow<O>::from(y[l])), ...);
   }
 };
+
+// Rows below kShortRow go in tiles. So do those below kLongRow as long as the call finds all its problems in a cache, and
+// steps of two sweeps without 16-bit numbers from memory too: the others are quicker there one row after the other. The
+// Gram matrices of a step are the same either way.
+constexpr int64_t kShortRow = 256, kLongRow = 1024;
+constexpr int64_t kLastCache = 8 << 20, kLastCacheOfSteps = 20 << 20;
+template <class Formula, class E> bool in_tiles(const Layout& layout, int64_t bytes_of_call) {
+  constexpr bool step = Formula::residuals > 0;
+  if (layout.outer > 1 || layout.inner >= kLongRow + step) return false;
+  if (layout.inner < kShortRow || (step && !kAdvances<Formula> && !E::has_16_bits)) return true;
+  return bytes_of_call <= (step ? kLastCacheOfSteps : kLastCache);
+}
 
 // add(p, <x_i, x_j>) for the packed pairs p = (i, j) of the Gram matrix.
 template <class Formula, class A, class F> WN_INLINE void for_products(const A* x, F&& add) {
@@ -1116,7 +1117,7 @@ template <class Formula, class In, class Out> void run_typed(const Problem<Formu
   const Layout& layout = problem.layout;
   const int64_t length = layout.row_length();
   if (length == 0) return rows_in_range<Formula, E>(problem, 0, layout.rows);
-  if (in_tiles<Formula>(layout, bytes_of_call)) return run_short_rows<Formula, E>(problem, bytes_of_call);
+  if (in_tiles<Formula, E>(layout, bytes_of_call)) return run_short_rows<Formula, E>(problem, bytes_of_call);
   if (layout.outer > 1 && layout.inner < kShortSegment)
     return run_columns<Formula, E>(problem, {layout.outer, layout.rows * layout.inner, layout.inner,
                                              layout.rows * layout.inner});
