@@ -1,5 +1,6 @@
 """The polar steps against torch's optimizers on the plain model and on torch's parametrization of it: the step alone, for
-one large weight, for weights that stay in a cache and for many small ones, and a full training step of one Linear layer.
+one weight of several shapes and for many small ones, and a full training step of one Linear layer. The step alone also
+against all that it replaces in torch (`the_same_step`).
 
     python -m bench.optimizers
     python -m bench.optimizers --device cuda
@@ -19,6 +20,7 @@ OPTIMIZERS = {
     "SGD, momentum": (torch.optim.SGD, PolarSGD, {"momentum": 0.9}, 5, 1.08),
     "AdamW": (torch.optim.AdamW, PolarAdamW, {"weight_decay": 1e-2}, 7, 1.08),
 }
+SAME = "torch, the same step"
 MEMORY = ("torch fused", "torch parametrized", "wnkernels")  # whose peak memory is taken
 
 
@@ -53,9 +55,9 @@ CASES = {
     "step, 200 of 16x16": (small, "step", 1),
     "full step, 4096x4096, batch 16": (one(4096, 4096), "full", 16),
 }
-IN_A_CACHE = tuple(f"step, {rows}x{columns}" for rows, columns in (
-    (64, 4096), (256, 1024), (512, 512), (1024, 256), (1024, 1024)))
-CASES |= {name: (one(*map(int, name.removeprefix("step, ").split("x"))), "step", 1) for name in IN_A_CACHE}
+SHAPES = {f"step, {rows}x{columns}": (one(rows, columns), "step", 1) for rows, columns in (
+    (64, 4096), (256, 1024), (512, 512), (1024, 256), (1024, 1024), (16384, 768), (65536, 9))}
+CASES |= SHAPES
 
 
 def parts(case, optimizer, provider, device):
@@ -65,6 +67,19 @@ def parts(case, optimizer, provider, device):
         model, steps = providers(*OPTIMIZERS[optimizer][:3])[provider](make)
         rows, columns = model[0].out_features, model[0].in_features
         return model, steps, torch.randn(batch, columns, requires_grad=True), torch.randn(batch, rows)
+
+
+def the_same_step(model, optimizer):
+    """What a polar step does with the gradient of w, in torch: w from (g, v), the way back to them, and their step."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    gradients = [torch.randn_like(layer.weight) for layer in layers]
+
+    def step():
+        torch.autograd.backward([layer.weight for layer in layers], gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def three_steps(*names):
@@ -83,6 +98,11 @@ def main(arguments=None):
             for name, (torchs, ours, settings, passes, bound) in OPTIMIZERS.items():
                 models = {p: parts(case, name, p, options.device) for p in providers(torchs, ours, settings)}
                 calls = {p: training.timed(mode, *made) for p, made in models.items()}
+                baselines = {"fused": "torch fused", "foreach": "torch foreach"}
+                if mode == "step":
+                    models[SAME] = parts(case, name, "torch parametrized", options.device)
+                    calls[SAME] = the_same_step(*models[SAME][:2])
+                    baselines["same"] = SAME
                 if all(len(model) == 1 for model, *_ in models.values()):
                     for call in calls.values():
                         call()
@@ -93,7 +113,7 @@ def main(arguments=None):
                 times = harness.measure(calls, device=options.device, seconds=options.seconds)
                 for provider in calls:
                     row = {"case": case, "optimizer": name, "provider": provider}
-                    row |= harness.summary(times, provider, {"fused": "torch fused", "foreach": "torch foreach"})
+                    row |= harness.summary(times, provider, baselines)
                     if case == "step, 4096x4096" and provider != "copy":
                         copied, _, _ = harness.ratio(times[provider], times["copy"])
                         row["percent_of_copy"] = 100 * passes / 2 / copied
@@ -103,13 +123,14 @@ def main(arguments=None):
                     rows.append(row)
                 goal = bound if case == "step, 4096x4096" else 1.02 if case.startswith("full") else 1.0
                 mine = next(r for r in reversed(rows) if r["provider"] == "wnkernels")
-                for other in ("fused", "foreach"):
+                for other in baselines:
                     if mine[f"ratio_{other}"] > goal:
-                        missed.append(f"{case}, {name}: {harness.interval(mine, other)} of torch {other}, goal {goal}")
+                        missed.append(f"{case}, {name}: {harness.interval(mine, other)} of {baselines[other]}, goal {goal}")
                 progress.step(f"{case}, {name}")
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
-    print(harness.table(["case", "optimizer", "provider", "ms", "vs torch fused", "% of copy", "peak MB"], [
+    print(harness.table(["case", "optimizer", "provider", "ms", "vs torch fused", "vs torch, the same", "% of copy", "peak MB"], [
         [r["case"], r["optimizer"], r["provider"], f"{r['ms']:.3f}", harness.interval(r, "fused"),
+         harness.interval(r, "same") if "ratio_same" in r else "",
          f"{r['percent_of_copy']:.0f}" if "percent_of_copy" in r else "",
          f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else ""] for r in rows]))
     print("\nmedians; ratios of medians [95% confidence interval]; % of copy: bytes moved per second against a "

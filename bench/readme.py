@@ -87,19 +87,22 @@ def overhead(folder):
 def optimizers(folder):
     kinds = ("SGD", "SGD, momentum", "AdamW")
 
-    def line(name, case, provider):
-        return [name, *(f"{value(folder, 'optimizers', 'ratio_fused', case=case, provider=provider, optimizer=k):.2f}"
+    def line(name, case, provider, columns=("ratio_fused",)):
+        point = {"case": case, "provider": provider}
+        return [name, *(" / ".join(f"{value(folder, 'optimizers', c, optimizer=k, **point):.2f}" for c in columns)
                         for k in kinds)]
+
+    both = "ratio_fused", "ratio_same"
 
     large, full, small = "step, 4096x4096", "full step, 4096x4096, batch 16", "step, 200 of 16x16"
     return table(["", *kinds], [
-        line("step alone", large, "wnkernels"),
-        line("step with telemetry", large, "wnkernels, telemetry"),
+        line("step alone", large, "wnkernels", both),
+        line("step with telemetry", large, "wnkernels, telemetry", both),
         line("full training step, batch 16", full, "wnkernels"),
         line("full training step of torch's parametrization", full, "torch parametrized"),
-        *(line(f"step, {case.removeprefix('step, ').replace('x', '×')}", case, "wnkernels") for case in steps.IN_A_CACHE),
-        line("step on 200 weights of 16×16", small, "wnkernels"),
-        line("the same, torch's `foreach`", small, "torch foreach"),
+        *(line(case.replace("x", "×"), case, "wnkernels", both) for case in steps.SHAPES),
+        line("step on 200 weights of 16×16", small, "wnkernels", both),
+        line("torch's `foreach` on them", small, "torch foreach", both),
     ])
 
 

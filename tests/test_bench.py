@@ -1,5 +1,6 @@
 """The harness that the benchmarks stand on: its statistics, its files, and that every benchmark's cases run."""
 
+import copy
 import csv
 import functools
 import math
@@ -208,6 +209,24 @@ def test_optimizers_and_steps_in_the_backward_run(monkeypatch, options):
         rows = in_backward.run(table, 64, 3, 0)
         assert [r["provider"] for r in rows] == list(table)
         assert sum("bytes_per_element" in r for r in rows) >= 4
+
+
+def test_the_same_step_in_torch_is_the_polar_step(monkeypatch):
+    """What the step alone is compared with, but for decay, which torch's has on the radius too."""
+    monkeypatch.setattr(training, "LR", 0.1)
+    for torchs, ours, options, *_ in optimizers.OPTIMIZERS.values():
+        linear = torch.nn.Linear(9, 5, bias=False, dtype=torch.float64)
+        made = optimizers.providers(torchs, ours, options | {"weight_decay": 0.0})
+        theirs, mine = (made[p](lambda: torch.nn.Sequential(copy.deepcopy(linear)))  # noqa: B023
+                        for p in ("torch parametrized", "wnkernels"))
+        torch.manual_seed(0)
+        step = optimizers.the_same_step(*theirs)
+        torch.manual_seed(0)
+        mine[0][0].weight.grad = torch.randn(5, 9, dtype=torch.float64)
+        for _ in range(3):
+            step(), mine[1].step()
+        torch.testing.assert_close(mine[0][0].weight, theirs[0][0].weight, rtol=1e-12, atol=0)
+        assert not torch.allclose(mine[0][0].weight, linear.weight, atol=1e-2)
 
 
 def test_optimizers_share_their_memory():
