@@ -695,47 +695,86 @@ WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin,
   }
 }
 
+// Outputs of `width` elements from i on, before what they are computed from is overwritten.
+template <int width, class Formula, class A> struct Chunk {
+  A y[kOutputs<Formula>][width];
+
+  template <class E> WN_INLINE void store(const E& elements, int64_t i) const {
+    const auto each = [&](int lane) __attribute__((always_inline)) {
+      A of_lane[kOutputs<Formula>];
+      static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { of_lane[l] = y[l][lane]; });
+      elements.store(i + lane, of_lane);
+    };
+#pragma omp simd
+    for (int lane = 0; lane < width; ++lane) each(lane);
+  }
+};
+
+// formula(x, y, lane) from the inputs to the outputs of each element of a chunk.
+template <int width, class Formula, class E, class F>
+WN_INLINE void fill_chunk(const E& elements, int64_t i, Chunk<width, Formula, typename E::A>& chunk, F&& formula) {
+  using A = typename E::A;
+  const auto each = [&](int lane) __attribute__((always_inline)) {
+    A x[Formula::inputs], y[kOutputs<Formula>];
+    elements.load(i + lane, x);
+    formula(x, y, lane);
+    static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { chunk.y[l][lane] = y[l]; });
+  };
+#pragma omp simd
+  for (int lane = 0; lane < width; ++lane) each(lane);
+}
+
 template <int width, class Formula, class E>
 WN_INLINE void combine_short_row(const E& elements, Ahead ahead, int64_t tile, int64_t begin, int64_t length,
                                  const typename E::A* coefficients) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
-  struct Chunk { A y[kOutputs<Formula>][width]; };
-  const auto combine = [&](int64_t i, Chunk& chunk) __attribute__((always_inline)) {
-    const auto each = [&](int lane) __attribute__((always_inline)) {
-      A x[Formula::inputs], y[kOutputs<Formula>];
-      elements.load(i + lane, x);
-      Formula::combine(c, x, y);
-      static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { chunk.y[l][lane] = y[l]; });
-    };
-#pragma omp simd
-    for (int lane = 0; lane < width; ++lane) each(lane);
-  };
-  const auto store = [&](int64_t i, const Chunk& chunk) __attribute__((always_inline)) {
-    const auto each = [&](int lane) __attribute__((always_inline)) {
-      A y[kOutputs<Formula>];
-      static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { y[l] = chunk.y[l][lane]; });
-      elements.store(i + lane, y);
-    };
-#pragma omp simd
-    for (int lane = 0; lane < width; ++lane) each(lane);
-  };
-  Chunk chunk, last;
+  const auto combine = [&](const A* x, A* y, int) __attribute__((always_inline)) { Formula::combine(c, x, y); };
+  Chunk<width, Formula, A> chunk, last;
   const bool rest = length % width > 0;
-  if (rest) combine(begin + length - width, last);  // before what it shares is overwritten
+  if (rest) fill_chunk(elements, begin + length - width, last, combine);
   for (int64_t i = 0; i + width <= length; i += width) {
     if (ahead.next != 0) ask_for_next<Formula, 0>(elements, ahead, tile, 0, begin + i - tile);
-    combine(begin + i, chunk);
-    store(begin + i, chunk);
+    fill_chunk(elements, begin + i, chunk, combine);
+    chunk.store(elements, begin + i);
   }
-  if (rest) store(begin + length - width, last);
+  if (rest) last.store(elements, begin + length - width);
 }
 
-// Values and results of the rows of a tile, so that loops over them need not ask for the dtype. Rows that the last kSolved
-// lack are zero.
+// The second reduction over a row of one or two chunks, for a formula that writes its outputs in it.
+template <int width, class Formula, class E>
+WN_INLINE void advance_two_chunks(const E& elements, int64_t begin, int64_t length, const typename E::A* c,
+                                  typename E::A* sums) {
+  using A = typename E::A;
+  A lanes[Formula::residuals][width] = {};
+  const auto advance = [&](int64_t i, int from, Chunk<width, Formula, A>& chunk) __attribute__((always_inline)) {
+    fill_chunk(elements, i, chunk, [&](const A* x, A* y, int lane) __attribute__((always_inline)) {
+      A term[Formula::residuals];
+      Formula::advance(c, x, y, term);
+      static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) {
+        lanes[p][lane] += zero_unless(lane >= from, term[p]);
+      });
+    });
+  };
+  Chunk<width, Formula, A> first, last;
+  const int rest = length % width;
+  advance(begin, 0, first);
+  if (rest > 0) {
+    advance(begin + length - width, width - rest, last);
+    last.store(elements, begin + length - width);
+  }
+  first.store(elements, begin);
+  static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { sums[p] = tree<width / 2>(lanes[p]); });
+}
+
+// Values and results of the rows of a tile, so that loops over them need not ask for the dtype. One value for all rows is
+// written once, for all tiles; rows that the last kSolved lack have any values.
+template <class A> void fill_rows(const RowValues& from, A* to) {
+  std::fill_n(to, kShortRows, static_cast<A>(from.data == nullptr ? from.value : 0));
+}
+inline void fill_rows(const double*, double* to) { std::fill_n(to, kShortRows, 0.0); }
 template <class A> void read_rows(const RowValues& from, int64_t first, int64_t rows, A* to) {
-  std::fill_n(to, whole(rows), static_cast<A>(from.data == nullptr ? from.value : 0));
   if (from.data == nullptr) return;
   dispatch(from.type, [&](auto tag) {
     const auto* const values = static_cast<const typename decltype(tag)::type*>(from.data) + first * from.stride;
@@ -744,7 +783,6 @@ template <class A> void read_rows(const RowValues& from, int64_t first, int64_t 
 }
 inline void read_rows(const double* from, int64_t first, int64_t rows, double* to) {
   std::copy_n(from + first, rows, to);
-  std::fill_n(to + rows, whole(rows) - rows, 0.0);
 }
 template <class A> void write_rows(const RowResults& to, int64_t first, int64_t rows, const A* values) {
   if (to.data == nullptr) return;
@@ -758,22 +796,33 @@ template <class A> void write_rows(const RowResults& to, int64_t first, int64_t 
 template <class Formula, class A> struct RowTile {
   using R = Result<Formula, A>;
   const Formula& formula;
-  const int64_t first, rows;
+  int64_t first, rows;
+  R arrays[kAtLeastOne<Formula::arrays>][kShortRows];  // the formula's, of the rows of this tile
   A gram[kGram<Formula>][kShortRows], c[kCoefficients<Formula>][kShortRows];
   A sums[kAtLeastOne<Formula::residuals>][kShortRows];
   int zero[Formula::gram_inputs][kShortRows];  // where an input's square is 0 because all its elements are
   int apart[kShortRows];  // rows that may have to be scaled, or need sums that the others do not: nothing is stored
 
-  RowTile(const Formula& of, int64_t row, int64_t count) : formula(of), first(row), rows(count) {}
+  explicit RowTile(const Formula& of) : formula(of) {
+    with_arrays([&](auto& values, R* to) { fill_rows(values, to); });
+  }
+  void begin(int64_t row, int64_t count) {
+    first = row;
+    rows = count;
+    with_arrays([&](auto& values, R* to) { read_rows(values, first, rows, to); });
+  }
+
+  // f(values, array) for each of the formula's arrays. Returns the formula as f leaves it.
+  template <class F> WN_INLINE Formula with_arrays(F&& f) {
+    Formula local = formula;
+    int array = 0;
+    local.for_arrays([&](auto& values) __attribute__((always_inline)) { f(values, arrays[array++]); });
+    return local;
+  }
 
   // Calls f(formula, r) for each row r, where the formula's arrays begin with the tile's first row.
   template <class F> WN_INLINE void for_rows(F&& f) {
-    R arrays[kAtLeastOne<Formula::arrays>][kShortRows];
-    Formula local = formula;
-    int array = 0;
-    local.for_arrays([&](auto& values) __attribute__((always_inline)) {
-      R* const to = arrays[array++];
-      read_rows(values, first, rows, to);
+    Formula local = with_arrays([&](auto& values, R* to) __attribute__((always_inline)) {
       if constexpr (std::is_pointer_v<std::remove_reference_t<decltype(values)>>) values = to;
       else values = {to, std::is_same_v<R, double> ? DType::f64 : DType::f32};
     });
@@ -875,16 +924,17 @@ template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formul
 template <int width, bool two_chunks, class Formula, class E>
 WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead ahead, int64_t first, int64_t last) {
   using A = typename E::A;
-  constexpr bool several_chunks = !two_chunks && width > 1, advance = kAdvances<Formula> && several_chunks;
+  constexpr bool several_chunks = !two_chunks && width > 1, advance = kAdvances<Formula> && width > 1;
   constexpr bool step = Formula::residuals > 0;
   const E elements(problem);
   const int64_t length = problem.layout.inner;
   const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), kSolved, kShortRows);
   ahead.next *= most;  // from a tile to the next one
   const Ahead while_combining = step && length >= kShortRow ? ahead : Ahead{};
+  RowTile<Formula, A> tile(problem.formula);
   for (int64_t begin = first; begin < last; begin += most) {
     const int64_t rows = std::min(most, last - begin);
-    RowTile<Formula, A> tile(problem.formula, begin, rows);
+    tile.begin(begin, rows);
     if (several_chunks && step && length >= kShortRow) {
       for (int64_t r = 0; r < rows; ++r) {
         A gram[kGram<Formula>];
@@ -903,14 +953,16 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead 
         A c[kCoefficients<Formula>], sums[Formula::residuals];
         tile.template load<Formula::coefficients>(tile.c, r, c);
         const int64_t at = (begin + r) * length;
-        if constexpr (advance) {
+        if constexpr (two_chunks) {
+          advance_two_chunks<width, Formula>(elements, at, length, c, sums);
+        } else if constexpr (advance) {
           residuals_of_range<Formula, true>(elements, at, at + length, ahead, c, sums);
         } else {
           A lanes[Formula::residuals][width];
           sum_short_row<width, two_chunks, Formula>(
               elements, Ahead{}, at, length, lanes,
               [&](const A* x, auto&& add) __attribute__((always_inline)) { for_residuals<Formula>(c, x, add); });
-          for (int p = 0; p < Formula::residuals; ++p) sums[p] = tree<width / 2>(lanes[p]);
+          for (int p = 0; p < Formula::residuals; ++p) sums[p] = lanes[p][0];
         }
         tile.template store<Formula::residuals>(sums, r, tile.sums);
       }
