@@ -100,7 +100,7 @@ def optimizers(folder):
         line("step with telemetry", large, "wnkernels, telemetry", both),
         line("full training step, batch 16", full, "wnkernels"),
         line("full training step of torch's parametrization", full, "torch parametrized"),
-        *(line(case.replace("x", "×"), case, "wnkernels", both) for case in steps.SHAPES),
+        *(line(case.replace("x", "×"), case, "wnkernels", both) for case in steps.SHAPES | steps.COLD),
         line("step on 200 weights of 16×16", small, "wnkernels", both),
         line("torch's `foreach` on them", small, "torch foreach", both),
     ])

@@ -46,6 +46,12 @@ def test_measure_interleaves_and_meets_its_minimum():
     assert pairs == {("a", "b"), ("b", "a")}, "every round has both, in either order"
 
 
+def test_measure_calls_before_every_sample():
+    called = []
+    harness.measure({"a": lambda: called.append("a")}, seconds=0, rounds=3, before=lambda: called.append("before"))
+    assert called[-6:] == ["before", "a"] * 3
+
+
 def test_summary_columns():
     times = {"plain": np.full(8, 2e-3), "ours": np.full(8, 1e-3)}
     columns = harness.summary(times, "ours", {"plain": "plain"})
