@@ -54,13 +54,15 @@ def _cuda_seconds(call, repeats, lead=0.0):
     return start.elapsed_time(end) * 1e-3 / repeats
 
 
-def measure(calls, *, device="cpu", seconds=2.0, rounds=20, sample=1e-3, hide_launch=False, before=None, seed=0):
+def measure(calls, *, device="cpu", seconds=2.0, rounds=20, sample=1e-3, warm_up=0.0, hide_launch=False, before=None,
+            seed=0):
     """Times `calls` (name -> function of no arguments) side by side; returns name -> array of seconds per call, where
     element i of every array comes from round i.
 
     Every round times each call once, in a random order. There are at least `rounds` rounds, and more until `seconds`
     have passed. One sample is a run of calls long enough for the fastest of them to take `sample` seconds; the same
-    number for all, since the first of a run finds colder caches than the rest. On CUDA `hide_launch` measures the
+    number for all, since the first of a run finds colder caches than the rest; for `warm_up` seconds of calls the rest
+    alone, for what is called again and again where it is used. On CUDA `hide_launch` measures the
     device alone (for kernels); without it a launch-bound call shows its launches (for layers). A function `before` is
     called, untimed, before every call; a sample is one call then.
     """
@@ -71,6 +73,7 @@ def measure(calls, *, device="cpu", seconds=2.0, rounds=20, sample=1e-3, hide_la
     fastest = min(timer(call, 1) for call in calls.values() for _ in range(3))
     repeats = min(max(math.ceil(sample / fastest), 1), 64 if cuda else 1000)  # CUDA queues about 1000 launches
     repeats = 1 if before else repeats
+    untimed = math.ceil(warm_up / fastest)
     if cuda and hide_launch:
         host = max(_cpu_seconds(call, repeats) for call in calls.values()) * repeats
         timer = functools.partial(_cuda_seconds, lead=2 * host)
@@ -88,6 +91,8 @@ def measure(calls, *, device="cpu", seconds=2.0, rounds=20, sample=1e-3, hide_la
             for name in order:
                 if before:
                     before()
+                for _ in range(untimed):
+                    calls[name]()
                 times[name].append(timer(calls[name], repeats))
     finally:
         if collecting:

@@ -157,8 +157,8 @@ template <class T> struct Prepare {
   const T *dy, *z, *gram;  // gram = x x^T, null where |G|^2 is not needed
   T *scale, *bias;
   T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
-  int64_t row_stride, batch_stride;  // of these
-  T* kept;                           // by what u is multiplied before e^T x is added
+  bool turned;          // whether these are (rows, batch)
+  T* kept;              // by what u is multiplied before e^T x is added
   Unfinished* unfinished;
 
   // At a time, in short loops: each is vectorized, where a single one would be a chain of divisions and roots for each row.
@@ -178,42 +178,77 @@ template <class T> struct Prepare {
       std::fill(factor, factor + count, static_cast<T>(-a.sign * a.state.lr));
       std::fill(kept + from, kept + from + count, static_cast<T>(1 - a.state.lr * a.state.weight_decay));
     }
+    if (turned) {
+      cpu::LinearFactors<T>{dy, old_scale, factor, of_x, of_weight, batch, rows}.run(from, from + count);
+      return;
+    }
     const auto write = [&](T* to, const T* factors) {
       for (int64_t b = 0; b < batch && to; ++b)
-        for (int64_t j = 0; j < count; ++j)
-          to[b * batch_stride + (from + j) * row_stride] = dy[b * rows + from + j] * factors[j];
+        for (int64_t j = 0; j < count; ++j) to[b * rows + from + j] = dy[b * rows + from + j] * factors[j];
     };
     write(of_x, old_scale);
     write(of_weight, factor);
   }
 
+  WN_INLINE void signed_radii(int64_t from, int64_t count, double* s) const {
+    const double* const radius = a.state.radius + from;
+    if (a.state.kind == Kind::ewn)
+      for (int64_t j = 0; j < count; ++j) s[j] = signed_radius(Kind::ewn, radius[j]);
+    else
+      std::copy(radius, radius + count, s);
+  }
+
+  // Steps of rows side by side: a loop over an array of RowStep would pick up each number by itself.
+  struct Steps {
+    double radius[kRows], n[kRows], along[kRows], fold[kRows], rho[kRows], factor[kRows], p[kRows], across[kRows];
+
+    WN_INLINE void set(int64_t j, const RowStep& x) {
+      radius[j] = x.radius, n[j] = x.n, along[j] = x.along, fold[j] = x.fold;
+      rho[j] = x.rho, factor[j] = x.factor, p[j] = x.p, across[j] = x.across;
+    }
+    WN_INLINE RowStep at(int64_t j) const {
+      return {radius[j], n[j], along[j], fold[j], rho[j], factor[j], p[j], across[j]};
+    }
+  };
+
   // The steps of rows, and what follows from them now. square = |G|^2, or null; factor becomes that of dy in e.
   WN_INLINE void step(int64_t from, int64_t count, const double* inner, const double* square, T* factor) const {
     const RowState state = a.state;
-    RowStep step[kRows];
-    double s[kRows];
-    Row now[kRows];
+    Steps steps;
+    double s[kRows], rho[kRows], norm[kRows];
+    T new_scale[kRows];
     const auto row = [&](int64_t j) __attribute__((always_inline)) {
       return Row{state.rho[from + j], state.norm[from + j], state.radius[from + j], s[j]};
     };
-    for (int64_t j = 0; j < count; ++j) s[j] = signed_radius(state.kind, state.radius[from + j]);
+    signed_radii(from, count, s);
     for (int64_t j = 0; j < count; ++j)
-      step[j] = RowStep::of(state, row(j), a.sign * inner[j], square ? square[j] : double(INFINITY));
+      steps.set(j, RowStep::of(state, row(j), a.sign * inner[j], square ? square[j] : double(INFINITY)));
     for (int64_t j = 0; j < count; ++j) {
-      state.radius[from + j] = step[j].radius;
-      kept[from + j] = static_cast<T>(step[j].fold);
-      factor[j] = static_cast<T>(a.sign * step[j].factor);
+      kept[from + j] = static_cast<T>(steps.fold[j]);
+      factor[j] = static_cast<T>(a.sign * steps.factor[j]);
     }
-    for (int64_t j = 0; j < count; ++j) s[j] = signed_radius(state.kind, state.radius[from + j]);
-    for (int64_t j = 0; j < count; ++j) now[j] = step[j].finished(state, row(j), -1);
-    std::unique_lock<std::mutex> lock(unfinished->writing, std::defer_lock);
-    for (int64_t j = 0; j < count; ++j)
-      if (a.measure || a.refresh || !step[j].norm_known()) {
-        if (!lock) lock.lock();
-        unfinished->rows.push_back({from + j, step[j]});
-      } else {
-        scale[from + j] = static_cast<T>(step[j].write(state, from + j, now[j]));
-      }
+    std::copy(steps.radius, steps.radius + count, state.radius + from);
+    signed_radii(from, count, s);
+    for (int64_t j = 0; j < count; ++j) {
+      const Row now = steps.at(j).finished(state, row(j), -1);
+      rho[j] = now.rho, norm[j] = now.norm, new_scale[j] = static_cast<T>(now.scale());
+    }
+    int64_t unknown = 0;
+    for (int64_t j = 0; j < count; ++j) unknown += !steps.at(j).norm_known();
+    if (unknown != 0 || a.measure || a.refresh || state.telemetry) {
+      std::unique_lock<std::mutex> lock(unfinished->writing, std::defer_lock);
+      for (int64_t j = 0; j < count; ++j)
+        if (const RowStep step = steps.at(j); a.measure || a.refresh || !step.norm_known()) {
+          if (!lock) lock.lock();
+          unfinished->rows.push_back({from + j, step});
+        } else {
+          scale[from + j] = static_cast<T>(step.write(state, from + j, {rho[j], norm[j], step.radius, s[j]}));
+        }
+      return;
+    }
+    std::copy(rho, rho + count, state.rho + from);
+    std::copy(norm, norm + count, state.norm + from);
+    std::copy(new_scale, new_scale + count, scale + from);
   }
 };
 
@@ -246,10 +281,11 @@ template <class T> Tensor run(const Arguments& a) {
   const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
   const std::unique_ptr<double[]> squares(small && (a.measure || a.refresh) ? new double[rows] : nullptr);
   Unfinished unfinished;
+  if (a.measure || a.refresh) unfinished.rows.reserve(rows);
   Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept;
   if (a.polar && !a.measure) {
-    gram = small ? at::empty({batch, batch}, a.x.options()) : at::mm(a.x, a.x.t());
-    if (small) cpu::LinearGram<T>{x, data(gram), batch, width}.run();
+    gram = at::empty({batch, batch}, a.x.options());
+    cpu::LinearGram<T>{x, data(gram), batch, width}.run();
   }
   if (small || a.polar) {
     of_weight = small ? at::empty({rows, batch}, a.x.options()) : at::empty_like(a.dy);
@@ -258,7 +294,7 @@ template <class T> Tensor run(const Arguments& a) {
   if (small || a.polar || a.bias.defined()) {
     kept = at::empty({rows}, a.x.options());
     const Prepare<T> job{a, rows, batch, dy, z, data(gram), data(a.scale), data(a.bias), data(of_x), data(of_weight),
-                         small ? batch : 1, small ? 1 : rows, data(kept), &unfinished};
+                         small, data(kept), &unfinished};
     for_parts(rows, batch, [&](int64_t first, int64_t last) { prepare(job, first, last); });
   }
   if (small) {

@@ -61,9 +61,31 @@ template <class S, int n = S::lanes> WN_INLINE void sum_lanes(typename S::V* v) 
   }
 }
 
-// out = kept in + a b, for in and out (m, panel), kept (m,) or null for ones, a (m, k) with element (i, n) at
-// a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel). The product is added up before it meets
-// `in`, which is larger and would be rounded k times. The squares of out are added to squares (m,), if given, lane by lane.
+// low, high = the elements of a and b in turns.
+template <class V, int... lane>
+WN_INLINE void interleave(const V& a, const V& b, V& low, V& high, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  low = __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * lanes)...);
+  high = __builtin_shufflevector(a, b, (lanes / 2 + lane / 2 + lane % 2 * lanes)...);
+}
+
+// Element i of v[j] becomes element j of v[i].
+template <class S, int n = S::lanes> WN_INLINE void transpose(typename S::V* v) {
+  if constexpr (n > 1) {
+    typename S::V out[S::lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < S::lanes / 2; ++i)
+      interleave(v[i], v[i + S::lanes / 2], out[2 * i], out[2 * i + 1], std::make_integer_sequence<int, S::lanes>{});
+#pragma GCC unroll 16
+    for (int i = 0; i < S::lanes; ++i) v[i] = out[i];
+    transpose<S, n / 2>(v);
+  }
+}
+
+// out = kept in + a b, for in and out (m, panel), in null for zeros, kept (m,) or null for ones, a (m, k) with element
+// (i, n) at a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel). The product is added up before it
+// meets `in`, which is larger and would be rounded k times. The squares of out are added to squares (m,), if given, lane by
+// lane.
 template <class S, int m, bool turned, class T>
 WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_stride, const T* a, int64_t stride,
                            const T* b, int64_t k, typename S::V* squares) {
@@ -81,9 +103,12 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
   }
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
-    const T factor = kept ? kept[i] : T(1);
-    const typename S::V out0 = S::load(in + i * S::panel) * factor + sum[i][0];
-    const typename S::V out1 = S::load(in + i * S::panel + S::lanes) * factor + sum[i][1];
+    typename S::V out0 = sum[i][0], out1 = sum[i][1];
+    if (in) {
+      const T factor = kept ? kept[i] : T(1);
+      out0 += S::load(in + i * S::panel) * factor;
+      out1 += S::load(in + i * S::panel + S::lanes) * factor;
+    }
     S::store(out + i * out_stride, out0);
     S::store(out + i * out_stride + S::lanes, out1);
     if (squares) squares[i] += out0 * out0 + out1 * out1;
@@ -97,8 +122,9 @@ WN_INLINE void add_products(int64_t m, const T* in, const T* kept, T* out, int64
   int64_t i = 0;
   const auto tiles = [&](auto size) __attribute__((always_inline)) {
     for (; i + size <= m; i += size)
-      add_product<S, size, turned>(in + i * S::panel, kept ? kept + i : nullptr, out + i * out_stride, out_stride,
-                                   a + i * (turned ? 1 : stride), stride, b, k, squares ? squares + i : nullptr);
+      add_product<S, size, turned>(in ? in + i * S::panel : nullptr, kept ? kept + i : nullptr, out + i * out_stride,
+                                   out_stride, a + i * (turned ? 1 : stride), stride, b, k,
+                                   squares ? squares + i : nullptr);
   };
   if constexpr (S::tile == 8) tiles(std::integral_constant<int, 8>{});
   tiles(std::integral_constant<int, 4>{});
@@ -253,7 +279,9 @@ template <class S, class T> WN_INLINE void forward_rows(const LinearForward<T>& 
   }
 }
 
-// Rows first..last - 1 up to the diagonal, and their mirror image.
+// Rows of the Gram matrix that are made at a time, up to the end of their block on the diagonal; those left over one by one.
+constexpr int kGramRows = 4;
+
 template <class S, class T> WN_INLINE void gram_rows(const LinearGram<T>& p, int64_t first, int64_t last) {
   const LinearForward<T> products{p.x, p.x, nullptr, nullptr, nullptr, nullptr, p.batch, p.batch, p.width};
   T z[kBatch * kRows];
@@ -262,12 +290,14 @@ template <class S, class T> WN_INLINE void gram_rows(const LinearGram<T>& p, int
       const int64_t batch = std::min(kBatch, row + m - b);
       forward_tile<S, m>(products, row, b, batch, z);
       for (int64_t n = 0; n < batch; ++n)
-        for (int64_t i = 0; i < m; ++i)
-          p.gram[(row + i) * p.batch + b + n] = p.gram[(b + n) * p.batch + row + i] = z[n * kRows + i];
+        for (int64_t i = 0; i < m; ++i) {
+          const int64_t below = row + i - (b + n);
+          p.gram[(row + i) * p.batch + b + n] = z[n * kRows + i] * T(below > 0 ? 2 : below == 0);
+        }
     }
   };
   int64_t row = first;
-  for (; row + 4 <= last; row += 4) tile(row, std::integral_constant<int, 4>{});
+  for (; row + kGramRows <= last; row += kGramRows) tile(row, std::integral_constant<int, kGramRows>{});
   for (; row < last; ++row) tile(row, std::integral_constant<int, 1>{});
 }
 
@@ -275,26 +305,36 @@ template <class S, class T> WN_INLINE void sum_rows(const LinearSums<T>& p, int6
   constexpr int P = S::panel, vectors = P / S::wide_lanes;
   const int64_t part = p.gram ? p.batch : std::min(p.batch, kBatch), size = part * P;
   const Scratch<T> memory(3 * size);
-  T *const dy = memory.data(), *const z = dy + size, *const form = z + size;
+  T* const form = memory.data() + 2 * size;
   for (int64_t row = first; row < last; row += P) {
     const int64_t count = std::min<int64_t>(P, last - row);
     typename S::Wide of_dy[vectors] = {}, of_dy_z[vectors] = {}, of_form[vectors] = {};
     for (int64_t b = 0; b < p.batch; b += part) {
       const int64_t batch = std::min(part, p.batch - b);
-      pack<S>(p.dy + b * p.rows + row, p.rows, batch, count, dy);
-      if (p.z) pack<S>(p.z + b * p.rows + row, p.rows, batch, count, z);
-      if (p.gram) {
-        std::fill(form, form + size, T(0));
-        add_products<S, false, T>(batch, form, nullptr, form, P, p.gram, batch, dy, batch);
+      struct Columns {
+        const T* data;
+        int64_t stride;
+      };
+      const auto columns = [&](const T* from, bool packed, T* to) __attribute__((always_inline)) {
+        from += b * p.rows + row;
+        if (!packed && count == P) return Columns{from, p.rows};
+        pack<S>(from, p.rows, batch, count, to);
+        return Columns{to, P};
+      };
+      const Columns dy = columns(p.dy, p.gram != nullptr, memory.data());
+      const Columns z = p.z ? columns(p.z, false, memory.data() + size) : Columns{};
+      for (int64_t i = 0, m; i < batch && p.gram; i += m) {
+        m = i + kGramRows <= batch ? kGramRows : 1;
+        add_products<S, false, T>(m, nullptr, nullptr, form + i * P, P, p.gram + i * batch, batch, dy.data, i + m);
       }
-      for (int64_t at = 0; at < batch * P; at += P)
+      for (int64_t n = 0; n < batch; ++n)
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; ++i) {
-          const int64_t column = at + i * S::wide_lanes;
-          const typename S::Wide g = S::widen(dy + column);
+          const int64_t column = i * S::wide_lanes;
+          const typename S::Wide g = S::widen(dy.data + n * dy.stride + column);
           of_dy[i] += g;
-          if (p.z) of_dy_z[i] += g * S::widen(z + column);
-          if (p.gram) of_form[i] += g * S::widen(form + column);
+          if (p.z) of_dy_z[i] += g * S::widen(z.data + n * z.stride + column);
+          if (p.gram) of_form[i] += g * S::widen(form + n * P + column);
         }
     }
     const auto write = [&](const typename S::Wide* sums, double* to) __attribute__((always_inline)) {
@@ -308,11 +348,44 @@ template <class S, class T> WN_INLINE void sum_rows(const LinearSums<T>& p, int6
   }
 }
 
+template <class S, class T> WN_INLINE void turn_rows(const LinearFactors<T>& p, int64_t first, int64_t last) {
+  constexpr int L = S::lanes;
+  const auto one_by_one = [&](int64_t row, int64_t b, int64_t end) __attribute__((always_inline)) {
+    for (; row < last; ++row)
+      for (int64_t i = b; i < end; ++i) {
+        const T value = p.dy[i * p.rows + row];
+        if (p.a) p.a[row * p.batch + i] = value * p.of_a[row - first];
+        p.e[row * p.batch + i] = value * p.of_e[row - first];
+      }
+  };
+  int64_t b = 0;
+  for (; b + L <= p.batch; b += L) {  // all rows of a part of the batch: each element of the batch is in pages of its own
+    int64_t row = first;
+    for (; row + L <= last; row += L) {
+      typename S::V v[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) v[i] = S::load(p.dy + (b + i) * p.rows + row);
+      transpose<S>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        const int64_t at = (row + i) * p.batch + b;
+        if (p.a) S::store(p.a + at, v[i] * p.of_a[row - first + i]);
+        S::store(p.e + at, v[i] * p.of_e[row - first + i]);
+      }
+    }
+    one_by_one(row, b, b + L);
+  }
+  one_by_one(first, b, p.batch);
+}
+
 template <class T, int bytes> WN_INLINE void part_of(const LinearForward<T>& p, int64_t first, int64_t last) {
   forward_rows<Simd<T, bytes>>(p, first, last);
 }
 template <class T, int bytes> WN_INLINE void part_of(const LinearStep<T>& p, int64_t first, int64_t last) {
   step_columns<Simd<T, bytes>>(p, first, last);
+}
+template <class T, int bytes> WN_INLINE void part_of(const LinearFactors<T>& p, int64_t first, int64_t last) {
+  turn_rows<Simd<T, bytes>>(p, first, last);
 }
 template <class T, int bytes> WN_INLINE void part_of(const LinearGram<T>& p, int64_t first, int64_t last) {
   gram_rows<Simd<T, bytes>>(p, first, last);
@@ -321,8 +394,8 @@ template <class T, int bytes> WN_INLINE void part_of(const LinearSums<T>& p, int
   sum_rows<Simd<T, bytes>>(p, first, last);
 }
 
-// Rows first..last - 1 of the forward, the Gram matrix or the sums, or columns of the step, with the widest vectors of this
-// machine.
+// Rows first..last - 1 of the forward, the factors, the Gram matrix or the sums, or columns of the step, with the widest
+// vectors of this machine.
 template <class Problem> using Part = void (*)(const Problem&, int64_t first, int64_t last);
 
 template <class T, template <class> class Problem>
@@ -383,6 +456,10 @@ template <class T> void LinearGram<T>::run() const {
   });
 }
 
+template <class T> void LinearFactors<T>::run(int64_t first, int64_t last) const {
+  part<T, wn::cpu::LinearFactors>()(*this, first, last);
+}
+
 template <class T> void LinearSums<T>::run(int64_t first, int64_t last) const {
   part<T, wn::cpu::LinearSums>()(*this, first, last);
 }
@@ -391,6 +468,8 @@ template struct LinearForward<float>;
 template struct LinearForward<double>;
 template struct LinearStep<float>;
 template struct LinearStep<double>;
+template struct LinearFactors<float>;
+template struct LinearFactors<double>;
 template struct LinearGram<float>;
 template struct LinearGram<double>;
 template struct LinearSums<float>;

@@ -29,7 +29,18 @@ template <class T> struct LinearStep {
   void run() const;
 };
 
-// gram = x x^T. x (batch, width), gram (batch, batch).
+// What a step multiplies by: a^T = diag(of_a) dy^T and e^T = diag(of_e) dy^T for rows first..last - 1; of_a and of_e begin
+// with the row `first`. dy (batch, rows); a^T, e^T (rows, batch). a may be null.
+template <class T> struct LinearFactors {
+  const T *dy, *of_a, *of_e;
+  T *a, *e;
+  int64_t batch, rows;
+
+  void run(int64_t first, int64_t last) const;
+};
+
+// The lower triangle of x x^T, doubled off the diagonal: <y, x x^T y> is <y, gram y>. Above the diagonal gram has no more than
+// zeros. x (batch, width), gram (batch, batch).
 template <class T> struct LinearGram {
   const T* x;
   T* gram;
@@ -39,7 +50,7 @@ template <class T> struct LinearGram {
 };
 
 // The sums over the batch of dy, dy z and dy (gram dy) for rows first..last - 1, into arrays that begin with the row
-// `first`. dy, z (batch, rows), gram (batch, batch); z and gram may be null, and their sums are zero then.
+// `first`. dy, z (batch, rows), gram (batch, batch) as above; z and gram may be null, and their sums are zero then.
 template <class T> struct LinearSums {
   const T *dy, *z, *gram;
   int64_t batch, rows;
