@@ -61,10 +61,10 @@ def measure(calls, *, device="cpu", seconds=2.0, rounds=20, sample=1e-3, warm_up
 
     Every round times each call once, in a random order. There are at least `rounds` rounds, and more until `seconds`
     have passed. One sample is a run of calls long enough for the fastest of them to take `sample` seconds; the same
-    number for all, since the first of a run finds colder caches than the rest; for `warm_up` seconds of calls the rest
-    alone, for what is called again and again where it is used. On CUDA `hide_launch` measures the
-    device alone (for kernels); without it a launch-bound call shows its launches (for layers). A function `before` is
-    called, untimed, before every call; a sample is one call then.
+    number for all, since the first of a run finds colder caches than the rest. Before a sample as many untimed calls are
+    made as the fastest makes in `warm_up` seconds: for what is called again and again where it is used. On CUDA
+    `hide_launch` measures the device alone (for kernels); without it a launch-bound call shows its launches (for layers). A
+    function `before` is called, untimed, before every sample; a sample is one call then.
     """
     cuda = torch.device(device).type == "cuda"
     timer = _cuda_seconds if cuda else _cpu_seconds
@@ -73,7 +73,7 @@ def measure(calls, *, device="cpu", seconds=2.0, rounds=20, sample=1e-3, warm_up
     fastest = min(timer(call, 1) for call in calls.values() for _ in range(3))
     repeats = min(max(math.ceil(sample / fastest), 1), 64 if cuda else 1000)  # CUDA queues about 1000 launches
     repeats = 1 if before else repeats
-    untimed = math.ceil(warm_up / fastest)
+    untimed = int(warm_up / fastest)
     if cuda and hide_launch:
         host = max(_cpu_seconds(call, repeats) for call in calls.values()) * repeats
         timer = functools.partial(_cuda_seconds, lead=2 * host)

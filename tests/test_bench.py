@@ -46,6 +46,16 @@ def test_measure_interleaves_and_meets_its_minimum():
     assert pairs == {("a", "b"), ("b", "a")}, "every round has both, in either order"
 
 
+def test_measure_warms_every_sample_up(monkeypatch):
+    called = []
+    monkeypatch.setattr(harness, "_cpu_seconds", lambda call, repeats: [call() for _ in range(repeats)] and 0.01)
+    calls = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
+    harness.measure(calls, seconds=0, rounds=3, sample=0, warm_up=0.045)
+    measured = "".join(called[2 + 6 :])  # before: each once, and three times for its speed
+    assert all(measured[i : i + 10] in ("aaaaabbbbb", "bbbbbaaaaa") for i in range(0, 30, 10)), "four calls, then a sample"
+    assert len(measured) == 30
+
+
 def test_measure_calls_before_every_sample():
     called = []
     harness.measure({"a": lambda: called.append("a")}, seconds=0, rounds=3, before=lambda: called.append("before"))
