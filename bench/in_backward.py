@@ -19,7 +19,7 @@ BOUND_MEMORY = 0.60
 MEMORY_WIDTH = 8192
 # A step of training comes after one of the same layer; at 1024 the first ones after another contender's, which has left
 # its tensors in the cache, take up to twice the time.
-WARM_UP = 4e-3
+WARM_UP = 1e-2
 
 
 def fused(layer):
@@ -112,7 +112,9 @@ def bytes_of(table, width, batch):
 def run(table, width, batch, seconds, device="cpu", hide_launch=False):
     made = {name: parts(table, name, width, batch, device) for name in table}
     training.in_the_same_memory(optimizer for (_, optimizer, _, _), _ in made.values())
-    calls = {name: training.timed("full", *arguments, **options) for name, (arguments, options) in made.items()}
+    (_, _, x, dy), _ = made["plain"]  # all have the same values, and so the same memory
+    calls = {name: training.timed("full", *layer_and_optimizer, x, dy, **options)
+             for name, ((*layer_and_optimizer, _, _), options) in made.items()}
     if 4 * width * width > harness.cache_bytes(device):
         source, target = (torch.randn(width, width, device=device) for _ in range(2))
         calls["copy"] = lambda: target.copy_(source)
