@@ -154,11 +154,11 @@ struct Unfinished {
 template <class T> struct Prepare {
   const Arguments& a;
   int64_t rows, batch;
-  const T *dy, *z, *gram;  // gram = x x^T, null where |G|^2 is not needed
+  const T *dy, *z, *gram;  // gram as LinearGram makes it, null where |G|^2 is not needed
   T *scale, *bias;
   T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
-  bool turned;          // whether these are (rows, batch)
-  T* kept;              // by what u is multiplied before e^T x is added
+  bool turned;  // whether these are (rows, batch)
+  T* kept;      // by what u is multiplied before e^T x is added
   Unfinished* unfinished;
 
   // At a time, in short loops: each is vectorized, where a single one would be a chain of divisions and roots for each row.

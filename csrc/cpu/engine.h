@@ -11,6 +11,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <tuple>
@@ -54,8 +55,19 @@ constexpr int kKeptLanes = 4;           // of the sums over a short row, until a
 constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
 constexpr int64_t kStepOfRow = 32;      // elements that take as long as the arithmetic of a step for one row
 constexpr int64_t kLine = 64;           // bytes that memory delivers at once
-constexpr int64_t kAhead = 2048;        // bytes between an element and what is asked of memory meanwhile
+constexpr int64_t kAhead = 2048;        // bytes between an element and what is asked of memory meanwhile,
+constexpr int64_t kAheadInFirst = 3072; // and where that goes to the first cache
 constexpr int64_t kCached = 1 << 20;    // bytes that need not be asked for: they are found in a cache
+constexpr int64_t kLargeFirstCache = 48 << 10;  // has room for what is asked for beside the row in work
+
+inline bool first_cache_is_large() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= kLargeFirstCache;
+  return large;
+#else
+  return false;
+#endif
+}
 
 template <class... T> struct Types {
   static constexpr int64_t bytes = (int64_t(sizeof(T)) + ... + 0);
@@ -113,6 +125,7 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
 
   const void* in[Formula::inputs];
   void* out[kOutputs<Formula>];
+  bool into_first_cache = first_cache_is_large();
 
   explicit WN_INLINE Elements(const Problem<Formula>& p) {
     for (int k = 0; k < Formula::inputs; ++k) in[k] = p.in[k];
@@ -126,13 +139,16 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
       narrow_lanes(y[l], static_cast<std::tuple_element_t<l, std::tuple<O...>>*>(out[l]) + i);
     });
   }
-  // Asks memory for the lines of `count` elements of the inputs from..to - 1, kAhead bytes behind element i. They go to
-  // the second cache: the first one is full of the row in work.
+  // Asks memory for the lines of `count` elements of the inputs from..to - 1 some way behind element i. They go to the
+  // second cache where the first one is full of the row in work.
   template <int from, int to, int count> WN_INLINE void ask(int64_t i) const {
     static_for<to - from>([&](auto k) __attribute__((always_inline)) {
       constexpr int64_t size = sizeof(std::tuple_element_t<from + k, std::tuple<I...>>);
-      const char* const at = static_cast<const char*>(in[from + k]) + i * size + kAhead;
-      for (int64_t line = 0; line < count * size; line += kLine) __builtin_prefetch(at + line, 0, 2);
+      const char* const at = static_cast<const char*>(in[from + k]) + i * size;
+      if (into_first_cache)
+        for (int64_t line = 0; line < count * size; line += kLine) __builtin_prefetch(at + kAheadInFirst + line, 0, 3);
+      else
+        for (int64_t line = 0; line < count * size; line += kLine) __builtin_prefetch(at + kAhead + line, 0, 2);
     });
   }
   // Output 0 := factor(output 0), and again in the last output where that is a rounded copy.

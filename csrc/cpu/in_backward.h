@@ -39,8 +39,8 @@ template <class T> struct LinearFactors {
   void run(int64_t first, int64_t last) const;
 };
 
-// The lower triangle of x x^T, doubled off the diagonal: <y, x x^T y> is <y, gram y>. Above the diagonal gram has no more than
-// zeros. x (batch, width), gram (batch, batch).
+// The lower triangle of x x^T, doubled off the diagonal: <y, x x^T y> is <y, gram y>. What gram has above the diagonal is
+// zeros, or not written where LinearSums does not read it. x (batch, width), gram (batch, batch).
 template <class T> struct LinearGram {
   const T* x;
   T* gram;
