@@ -228,6 +228,15 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
+def cpu_generation():
+    """The name of a virtual machine's processor may leave open which one it is: `AMD EPYC, family 26, model 2`."""
+    try:
+        numbers = dict(re.findall(r"^(cpu family|model)\s*:\s*(\d+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        return f"{cpu_name()}, family {numbers['cpu family']}, model {numbers['model']}"
+    except (OSError, KeyError):
+        return cpu_name()
+
+
 def environment(device):
     """What a figure depends on; every CSV row carries it."""
     cuda = torch.device(device).type == "cuda"
@@ -236,7 +245,7 @@ def environment(device):
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else ""
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
-        "cpu": cpu_name(),
+        "cpu": cpu_generation(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "driver": driver.splitlines()[0] if driver else "",

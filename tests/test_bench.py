@@ -72,6 +72,7 @@ def test_summary_columns():
 
 def test_csv_has_the_environment_in_every_row(tmp_path):
     facts = harness.environment("cpu")
+    assert facts["cpu"].startswith(facts["device"])  # and the family and model, where the system tells them
     harness.write_csv(tmp_path / "new" / "x.csv", [{"a": 1, "b": 1 / 3}, {"a": 2, "c": "two"}], facts)
     rows = list(csv.DictReader((tmp_path / "new" / "x.csv").open()))
     assert list(rows[0]) == ["a", "b", "c", *facts]
