@@ -89,9 +89,9 @@ template <class Formula> constexpr bool kAdvances = requires { &Formula::templat
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
 // As narrow::from; to bfloat16 by the processor, which takes subnormal numbers for 0.
-template <class A, class T> WN_INLINE void narrow_lanes(const A* from, T* to) {
+template <int width, class A, class T> WN_INLINE void narrow_lanes(const A* from, T* to) {
 #if defined(WN_HARDWARE_BF16)
-  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, bf16>) {
+  if constexpr (width == kLanes && std::is_same_v<A, float> && std::is_same_v<T, bf16>) {
     typedef float Floats __attribute__((vector_size(64)));
     typedef short Words __attribute__((vector_size(64)));
     static_assert(kLanes * sizeof(float) == 2 * sizeof(Floats) && kLanes * sizeof(bf16) == sizeof(Words));
@@ -111,7 +111,7 @@ template <class A, class T> WN_INLINE void narrow_lanes(const A* from, T* to) {
   }
 #endif
 #pragma omp simd
-  for (int lane = 0; lane < kLanes; ++lane) to[lane] = narrow<T>::from(from[lane]);
+  for (int lane = 0; lane < width; ++lane) to[lane] = narrow<T>::from(from[lane]);
 }
 
 // Typed access to the elements of a problem, in the accumulator type.
@@ -119,7 +119,7 @@ template <class Formula, class In, class Out> struct Elements;
 template <class Formula, class... I, class... O> struct Elements<Formula, Types<I...>, Types<O...>> {
   static_assert(sizeof...(I) == Formula::inputs && sizeof...(O) == Formula::outputs, "one type per operand");
   using A = std::conditional_t<(std::is_same_v<I, double> || ...), double, float>;
-  static constexpr int64_t bytes = Types<I...>::bytes;
+  static constexpr int64_t bytes = Types<I...>::bytes, largest = std::max({int64_t(sizeof(I))...});
   static constexpr bool has_16_bits = ((sizeof(I) == 2) || ...) || ((sizeof(O) == 2) || ...);
   static constexpr bool stores_bf16 = (std::is_same_v<O, bf16> || ...);
 
@@ -133,10 +133,10 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
   template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
   template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
-  // y[l][lane] to element i + lane of output l.
-  WN_INLINE void store_lanes(int64_t i, const A (*y)[kLanes]) const {
+  // y[l][lane] to element i + lane of output l, one output after the other: they need not be told apart then.
+  template <int width> WN_INLINE void store_lanes(int64_t i, const A (*y)[width]) const {
     static_for<sizeof...(O)>([&](auto l) __attribute__((always_inline)) {
-      narrow_lanes(y[l], static_cast<std::tuple_element_t<l, std::tuple<O...>>*>(out[l]) + i);
+      narrow_lanes<width>(y[l], static_cast<std::tuple_element_t<l, std::tuple<O...>>*>(out[l]) + i);
     });
   }
   // Asks memory for the lines of `count` elements of the inputs from..to - 1 some way behind element i. They go to the
@@ -226,10 +226,12 @@ template <class Formula> WN_INLINE bool backwards(Ahead ahead) {
   return Formula::residuals > 0 && Formula::outputs < Formula::inputs && !kAdvances<Formula> && !ahead.again;
 }
 
-// At the n-th of `count` elements from `begin` on: a quarter of them in each of these passes.
-template <class Formula, int pass, class E>
-WN_INLINE void ask_for_next(const E& elements, Ahead ahead, int64_t begin, int64_t count, int64_t n) {
-  elements.template ask<0, Formula::gram_inputs, 1>(ahead.next + begin + (pass * count + n) / 4);
+// Asks for the row after the next `ahead`, at a quarter of the pace of its caller, a line at a time: one that is asked for
+// again takes as long as a new one. The caller has `passed` elements behind it, and is at the n-th of what follows.
+template <class Formula, class E>
+WN_INLINE void ask_for_next(const E& elements, Ahead ahead, int64_t begin, int64_t passed, int64_t n) {
+  if (n % (4 * kLine / E::largest) == 0)
+    elements.template ask<0, Formula::gram_inputs, 1>(ahead.next + begin + (passed + n) / 4);
 }
 
 // Adds the upper half of the lanes to the lower one until one is left. The widths are compile-time constants, so that no
@@ -268,9 +270,9 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
       for (int lane = 0; lane < kLanes; ++lane) lanes[p][lane] = 0;
   }
   for (; i + kLanes <= end; i += kLanes) {
-    ask(i);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+    ask(i);  // behind the loads, which must not wait for it
   }
   for (int lane = 0; i + lane < end; ++lane) add(i + lane, lane);
   static_for<count>([&](auto p) __attribute__((always_inline)) { sums[p] = tree<kLanes / 2>(lanes[p]); });
@@ -328,7 +330,7 @@ WN_MULTIVERSION void residuals_of_range(const E& elements, int64_t begin, int64_
     if (ahead.again) elements.template ask<0, Formula::inputs, kLanes>(i);
     else if (advance) {  // meets the state for the first time
       elements.template ask<Formula::gram_inputs, Formula::inputs, kLanes>(i);
-      ask_for_next<Formula, 0>(elements, ahead, begin, end - begin, i - begin);
+      ask_for_next<Formula>(elements, ahead, begin, 0, i - begin);
     }
   });
 }
@@ -369,14 +371,14 @@ WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, Ahea
       A lanes[kOutputs<Formula>][kLanes];
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) staged(i, lane, lanes);
-      elements.store_lanes(i, lanes);
+      elements.template store_lanes<kLanes>(i, lanes);
     } else {
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) each(i + lane);
     }
   }, each, [&](int64_t n) __attribute__((always_inline)) {
     if (ahead.again) elements.template ask<0, Formula::inputs, kLanes>(begin + n);
-    else if (ahead.next != 0) ask_for_next<Formula, 0>(elements, ahead, begin, end - begin, n);
+    else if (ahead.next != 0) ask_for_next<Formula>(elements, ahead, begin, 0, n);
   });
 }
 
@@ -395,7 +397,7 @@ WN_INLINE void rescale_piece(const E& elements, int64_t begin, int64_t end, Ahea
     for (int lane = 0; lane < kLanes; ++lane) each(i + lane);
   }, each, [&](int64_t n) __attribute__((always_inline)) {
     if (ahead.again) elements.template ask<0, 1, kLanes>(begin + n);
-    else if (ahead.next != 0) ask_for_next<Formula, 1>(elements, ahead, begin, end - begin, n);
+    else if (ahead.next != 0) ask_for_next<Formula>(elements, ahead, begin, end - begin, n);
   });
 }
 
@@ -697,6 +699,9 @@ WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin,
   constexpr int kept = std::min(width, kKeptLanes);
   A lanes[kGram<Formula>][kShortRows * kept];
   for (int64_t r = 0; r < rows; ++r, begin += length) {
+    // The later passes over so short a row find what all of them need.
+    if constexpr (two_chunks && Formula::residuals > 0)
+      elements.template ask<0, Formula::inputs, 2 * width>(begin);
     A sums[kGram<Formula>][width];
     sum_short_row<width, two_chunks, Formula>(
         elements, ahead, begin, length, sums,
@@ -716,13 +721,7 @@ template <int width, class Formula, class A> struct Chunk {
   A y[kOutputs<Formula>][width];
 
   template <class E> WN_INLINE void store(const E& elements, int64_t i) const {
-    const auto each = [&](int lane) __attribute__((always_inline)) {
-      A of_lane[kOutputs<Formula>];
-      static_for<kOutputs<Formula>>([&](auto l) __attribute__((always_inline)) { of_lane[l] = y[l][lane]; });
-      elements.store(i + lane, of_lane);
-    };
-#pragma omp simd
-    for (int lane = 0; lane < width; ++lane) each(lane);
+    elements.template store_lanes<width>(i, y);
   }
 };
 
@@ -751,7 +750,7 @@ WN_INLINE void combine_short_row(const E& elements, Ahead ahead, int64_t tile, i
   const bool rest = length % width > 0;
   if (rest) fill_chunk(elements, begin + length - width, last, combine);
   for (int64_t i = 0; i + width <= length; i += width) {
-    if (ahead.next != 0) ask_for_next<Formula, 0>(elements, ahead, tile, 0, begin + i - tile);
+    if (ahead.next != 0) ask_for_next<Formula>(elements, ahead, tile, begin - tile, i);
     fill_chunk(elements, begin + i, chunk, combine);
     chunk.store(elements, begin + i);
   }
