@@ -226,8 +226,8 @@ template <class Formula> WN_INLINE bool backwards(Ahead ahead) {
   return Formula::residuals > 0 && Formula::outputs < Formula::inputs && !kAdvances<Formula> && !ahead.again;
 }
 
-// Asks for the row after the next `ahead`, at a quarter of the pace of its caller, a line at a time: one that is asked for
-// again takes as long as a new one. The caller has `passed` elements behind it, and is at the n-th of what follows.
+// Asks for the row that follows the one from `begin` on, at a quarter of the pace of a pass that has `passed` elements behind
+// it and is at the n-th of the others. Each line once: asked for again it takes as long as a new one.
 template <class Formula, class E>
 WN_INLINE void ask_for_next(const E& elements, Ahead ahead, int64_t begin, int64_t passed, int64_t n) {
   if (n % (4 * kLine / E::largest) == 0)
@@ -699,7 +699,7 @@ WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin,
   constexpr int kept = std::min(width, kKeptLanes);
   A lanes[kGram<Formula>][kShortRows * kept];
   for (int64_t r = 0; r < rows; ++r, begin += length) {
-    // The later passes over so short a row find what all of them need.
+    // For all sweeps over a row that is too short for each of them to ask for its own.
     if constexpr (two_chunks && Formula::residuals > 0)
       elements.template ask<0, Formula::inputs, 2 * width>(begin);
     A sums[kGram<Formula>][width];
