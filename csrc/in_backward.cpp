@@ -340,7 +340,7 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   check_state("rho", rho, 1);
   check_state("radius", radius, 1);
   check_state("norm", norm, 1);
-  check_state("telemetry", telemetry, 5);
+  check_state("telemetry", telemetry, 4);
   if (z) {
     check_device("z", *z, weight);
     TORCH_CHECK_VALUE(z->dim() == 2 && z->size(0) == batch && z->size(1) == rows && z->is_contiguous() &&

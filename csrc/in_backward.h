@@ -76,18 +76,17 @@ struct RowStep {
     return {zero_unless(exists, left), old.rho != 0 ? norm : old.norm, old.radius, old.s};
   }
 
-  // Writes what a row is now, its new radius aside, and its telemetry; returns its scale. A row without a direction keeps
-  // its telemetry.
+  // Writes what a row is now, its new radius aside, and its telemetry, that of step.h; returns its scale. A row without a
+  // direction keeps its telemetry.
   WN_INLINE double write(const RowState& state, int64_t row, const Row& now) const {
     state.rho[row] = now.rho;
     state.norm[row] = now.norm;
     if (state.telemetry != nullptr && rho != 0) {
-      double* const t = state.telemetry + 5 * row;
-      t[0] = now.s;
-      t[1] = now.norm;
-      t[2] = p;
-      t[3] = ::sqrt(across);
-      t[4] = ::atan2(::fabs(factor * rho * t[3]), along);
+      double* const t = state.telemetry + 4 * row;
+      t[0] = p;
+      t[1] = ::sqrt(across);
+      t[2] = factor * rho * t[1] * (factor * rho * t[1]);
+      t[3] = along;
     }
     return now.scale();
   }

@@ -33,7 +33,7 @@ struct PolarRow {
   bool one_column;            // a row of one element has no tangent: G - p t is 0, whatever rounding leaves of it
   double* radius;             // [R] r
   double* norm;               // [R] n
-  double* telemetry;          // [R, 5] or null: s, n, p, |G - p t|, angular update
+  double* telemetry;          // [R, 4] or null: p, |G - p t|, and of v' the part across t, squared, and the one along it
 
   static constexpr int arrays = 7;
   template <class F> WN_INLINE void for_arrays(F&& f) {
@@ -82,37 +82,25 @@ struct PolarRow {
     return (kind == Kind::ewn ? x.s * x.p : x.p) + radius_weight_decay.at<double>(row) * x.r;
   }
 
-  // Steps turn a row by small angles, where four terms of the series are exact; atan2 takes longer than all else of a row.
-  static WN_INLINE double angle(double perp_square, double along) {
-    const double perp = ::sqrt(perp_square), x = perp / along, square = x * x;
-    if (!(along > 0 && square < 1e-4)) return ::atan2(perp, along);
-    return x * (1 - square * (1.0 / 3 - square * (1.0 / 5 - square / 7)));
-  }
-
-  // result[0..1] = r', n'; result[2..4] = telemetry; from the last two, parts of v' across t, squared, and along it, `store`
-  // gets the angular update. A row that has lost its direction stays as it is.
-  WN_INLINE void report(const State& x, double r, double s, double n, double G_perp, double perp_square, double along,
+  // result[0..1] = r', n'; result[2..5] = telemetry. Whoever reads it gets the angular update from the last two, s and n
+  // from the state: a step on short rows should not wait for what nobody may look at. A row that has lost its direction
+  // stays as it is.
+  WN_INLINE void report(const State& x, double r, double n, double G_perp, double perp_square, double along,
                         double* result) const {
     const bool exists = x.length != 0;
     result[0] = r;
     result[1] = pick(exists, n, x.n);
-    result[2] = zero_unless(exists, s);
-    result[3] = x.p;
-    result[4] = zero_unless(exists, ::fabs(x.G_scale) * G_perp);
-    result[5] = zero_unless(exists, perp_square);
-    result[6] = pick(exists, along, 1.0);
+    result[2] = x.p;
+    result[3] = zero_unless(exists, ::fabs(x.G_scale) * G_perp);
+    result[4] = zero_unless(exists, perp_square);
+    result[5] = pick(exists, along, 1.0);
   }
-  static constexpr int results = 7;
+  static constexpr int results = 6;
   template <class A> WN_INLINE void store(int64_t row, const A* result) const {
     radius[row] = result[0];
     norm[row] = result[1];
     if (telemetry == nullptr) return;
-    double* const t = telemetry + 5 * row;
-    t[0] = result[2];
-    t[1] = result[1];
-    t[2] = result[3];
-    t[3] = result[4];
-    t[4] = angle(result[5], result[6]);
+    for (int i = 0; i < 4; ++i) telemetry[4 * row + i] = result[2 + i];
   }
 };
 
@@ -253,7 +241,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
       c[4] = coefficient(shifted(u.weight * x.k * x.G_scale, e[1]));
       c[5] = coefficient(shifted(u.mu, e[2]));
     }
-    rows.report(x, r, s, pick(rows.retraction == Retraction::project, n, x.n), G_perp, perp_square, along, result);
+    rows.report(x, r, pick(rows.retraction == Retraction::project, n, x.n), G_perp, perp_square, along, result);
     result[PolarRow::results] = mr;
   }
   template <class A> WN_INLINE bool exact(const A* c) const {
@@ -370,7 +358,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
     const PolarRow::State x = rows.before(row, gram, e);
     double average = radius_average[row], square = radius_square[row], largest = 0;
     if constexpr (amsgrad) largest = radius_largest[row];
-    double r = x.r, s = 0, n = x.n, G_perp = 0, perp_square = 0, along = 1;
+    double r = x.r, n = x.n, G_perp = 0, perp_square = 0, along = 1;
     if (sums != nullptr) {
       const Corrections correction = corrections(row);
       const double lr = rows.lr.at<double>(row), rate = lr / correction.first, decay = rows.weight_decay.at<double>(row);
@@ -384,7 +372,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
       r *= 1 - zero_unless(moves & decoupled, radius_lr * r_decay);
       r -= zero_unless(moves, radius_lr / correction.first * average /
                                   (::sqrt(amsgrad ? largest : square) / correction.second_root + eps.at<double>(row)));
-      s = signed_radius(rows.kind, r);
+      const double s = signed_radius(rows.kind, r);
       const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));
       perp_square = rate * rate * larger(0.0, static_cast<double>(sums[0]) - U_along * U_along);
       along = x.n * (1 - zero_unless(decoupled, lr * decay)) - rate * U_along;
@@ -393,7 +381,7 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
       c[kScale] = static_cast<A>(zero_unless(n > 0, finite(s * (x.n / n))));
       n = pick(rows.retraction == Retraction::renormalize, x.n, n);
     }
-    rows.report(x, r, s, n, G_perp, perp_square, along, result);
+    rows.report(x, r, n, G_perp, perp_square, along, result);
     result[PolarRow::results] = average;
     result[PolarRow::results + 1] = square;
     result[PolarRow::results + 2] = largest;

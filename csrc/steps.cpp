@@ -150,7 +150,7 @@ void check(const Arguments& a, size_t i, const Layout& layout) {
   }
   for (const auto& [name, list] : a.row_state) check_row_state(name, list[i], w, layout);
   if (!a.copies.empty()) check_like_weight("copies", a.copies[i], w);
-  if (!a.telemetry.empty()) check_row_state("telemetry", a.telemetry[i], w, layout, 5);
+  if (!a.telemetry.empty()) check_row_state("telemetry", a.telemetry[i], w, layout, 4);
   const auto same_types = [&](const Tensor& t, const Tensor& first) { return t.scalar_type() == first.scalar_type(); };
   TORCH_CHECK_TYPE(same_types(w, a.weights[0]) && same_types(a.grads[i], a.grads[0]) &&
                        (a.copies.empty() || same_types(a.copies[i], a.copies[0])),

@@ -20,6 +20,7 @@ from wnkernels.dynamics import (
     pruning,
     weight_flow,
 )
+from wnkernels.dynamics.diagnostics import angular_update
 from wnkernels.models import homogeneous
 from wnkernels.papers import read_data
 
@@ -349,6 +350,30 @@ def test_descent_refuses():
         polar_weights([torch.ones(2, 2, dtype=torch.bfloat16)], "swn")
     with pytest.raises(RuntimeError, match="snapshot"):
         polar_weights([randn(2, 2)], "swn").rollback()
+
+
+def test_telemetry_of_a_point_that_mixes_kinds():
+    w = randn(6, 5)
+    point = polar_weights([w], {"ewn": 1, None: 1, "swn": 1}, norm=1.5, instances=3, telemetry=True)
+    grad = randn(6, 5)
+    point.step([grad], 0.1)
+    (values,) = point.telemetry()
+    rows = torch.tensor([0, 1, 4, 5])
+    theta = w / w.norm(dim=1, keepdim=True)
+    expected = {
+        "radius": point.weights[0].norm(dim=1),
+        "norm": point.norm[0],
+        "radial_gradient": (grad * theta).sum(1),
+        "tangential_gradient": (grad - (grad * theta).sum(1, keepdim=True) * theta).norm(dim=1),
+        "angular_update": angular_update(w, point.weights[0]),
+    }
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value[rows], expected[name][rows], rtol=1e-9, atol=0)
+        assert value[2:4].isnan().all()
+    assert polar_weights([w], None, telemetry=True).telemetry() == [None]
+    with pytest.raises(RuntimeError, match="telemetry=True"):
+        polar_weights([w], "swn").telemetry()
 
 
 @pytest.mark.parametrize("kind, share", [("ewn", (0.85, 1.0)), ("swn", (0.0, 0.5))])

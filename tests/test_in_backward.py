@@ -447,7 +447,7 @@ def arguments(**changes):
     (dict(scale=None), ValueError, "rho must be given with scale"),
     (dict(z=torch.ones(3, 2)), ValueError, "z must be contiguous"),
     (dict(bias=torch.zeros(2)), ValueError, "bias must be contiguous of shape"),
-    (dict(telemetry=torch.zeros(3, 4).double()), ValueError, "telemetry must be contiguous with 15"),
+    (dict(telemetry=torch.zeros(3, 5).double()), ValueError, "telemetry must be contiguous with 12"),
     (dict(numbers=[0.1] * 5), ValueError, "numbers must have 6"),
     (dict(kind="polar"), ValueError, "kind must be"),
 ], ids=lambda x: None)  # fmt: skip

@@ -123,18 +123,19 @@ def test_small_angles_in_float32(angle, options):
     w, G = w32.double(), G32.double()
     n = w.norm(dim=1)
     G_perp = (G - (G * w).sum(1, keepdim=True) / n[:, None].square() * w).norm(dim=1)
-    telemetry = torch.empty(4, 5, dtype=torch.float64)
+    telemetry = torch.empty(4, 4, dtype=torch.float64)
     radius, norm = n.clone(), torch.ones(4, dtype=torch.float64)
     state = [[torch.zeros_like(w32)], [torch.zeros(4, dtype=torch.float64)]] if options else []
     wF.polar_sgd_([w32], [G32], [radius], [norm], *state, kind="swn", dims=[0], lr=0.01, radius_lr=0.0, first_step=True,
                   telemetry=[telemetry], **options)
-    torch.testing.assert_close(telemetry[:, 3], G_perp, rtol=0.01, atol=0)
-    torch.testing.assert_close(telemetry[:, 4], torch.atan(0.01 * n * G_perp), rtol=0.01, atol=0)
+    values = wF.telemetry(telemetry, radius, norm, "swn")
+    torch.testing.assert_close(values["tangential_gradient"], G_perp, rtol=0.01, atol=0)
+    torch.testing.assert_close(values["angular_update"], torch.atan(0.01 * n * G_perp), rtol=0.01, atol=0)
 
 
 def test_geodesic_turns_by_its_angle_and_keeps_the_norm():
     net = Net((5, 40), 0, "swn", torch.float64, {})
-    G, w, telemetry = torch.randn(5, 40, dtype=torch.float64), net.w.clone(), torch.empty(5, 5, dtype=torch.float64)
+    G, w, telemetry = torch.randn(5, 40, dtype=torch.float64), net.w.clone(), torch.empty(5, 4, dtype=torch.float64)
     s, n = net.radius.clone(), net.norm.clone()
     theta = w / s[:, None]
     G_perp = G - (G * theta).sum(1, keepdim=True) * theta
@@ -144,7 +145,8 @@ def test_geodesic_turns_by_its_angle_and_keeps_the_norm():
     phi = net.lr * s / n.square() * size
     expected = phi.cos()[:, None] * theta - phi.sin()[:, None] * G_perp / size[:, None]
     torch.testing.assert_close(net.w / net.radius[:, None], expected, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(telemetry[:, 4], phi.abs(), rtol=1e-12, atol=0)
+    angle = wF.telemetry(telemetry, net.radius, net.norm, "swn")["angular_update"]
+    torch.testing.assert_close(angle, phi.abs(), rtol=1e-12, atol=0)
     assert torch.equal(net.norm, n)
 
 

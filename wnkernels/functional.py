@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function
 from . import _C
 
 __all__ = ["weight_norm", "foreach_weight_norm", "weight_norm_linear", "row_norm", "project_", "normalize_", "polar_sgd_",
-           "polar_adam_"]
+           "polar_adam_", "telemetry"]
 
 # The operators serve where a graph is recorded or an argument overrides torch functions; elsewhere the pybind11
 # functions, which dispatch to the same operators, save more than a microsecond a call.
@@ -257,8 +257,9 @@ def polar_sgd_(weights, grads, radius, norm, momentum_buffers=None, radius_momen
         grad_scale, found_inf: 0-d float32, of ``torch.amp.GradScaler``: the factor on the gradients (they are not
             overwritten), and nonzero where the step is to be skipped.
         copies: the 16-bit parameters, or 16-bit copies for autocast, which get the new weights rounded; or None.
-        telemetry: float64 (R, 5), overwritten with signed radius and ‖v‖ after the step, radial gradient ⟨G, θ⟩,
-            tangential gradient ‖G⊥‖, and angular update in radians; or None.
+        telemetry: float64 (R, 4) each, overwritten with what the function ``telemetry`` reads; or None. Its columns are
+            the radial gradient ⟨G, θ⟩, the tangential gradient ‖G⊥‖, and of the step's v its part across θ, squared,
+            and its part along θ.
 
     Raises:
         ValueError, TypeError, RuntimeError: a list's length, a shape, dtype, device or choice is not as above; nothing
@@ -335,3 +336,24 @@ def numbers_and_tensors(values):
                 numbers, tensors = list(values), [None] * len(values)
             numbers[i], tensors[i] = 0.0, value
     return numbers, tensors
+
+
+def telemetry(table, radius, norm, kind):
+    """What a polar step reported, by its ``telemetry`` table.
+
+    Args:
+        table: float64 (R, 4), as ``polar_sgd_`` or ``polar_adam_`` left it.
+        radius, norm, kind: of the weight, as the step left them.
+
+    Returns: a dict of new float64 tensors (R,): "radius" (signed) and "norm", ‖v‖, after the step; "radial_gradient"
+        ⟨G, θ⟩ and "tangential_gradient" ‖G − ⟨G, θ⟩θ‖ of the gradient that the step took, θ = v/‖v‖; "angular_update",
+        the angle between v before and after, in radians.
+    """
+    radial, tangential, across_square, along = table.unbind(1)
+    return {
+        "radius": radius.exp() if kind == "ewn" else radius.clone(),
+        "norm": norm.clone(),
+        "radial_gradient": radial.clone(),
+        "tangential_gradient": tangential.clone(),
+        "angular_update": torch.atan2(across_square.sqrt(), along),
+    }

@@ -71,7 +71,6 @@ __all__ = [
 
 KINDS = ("swn", "ewn", "unit")
 RETRACTIONS = ("project", "renormalize", "geodesic")
-TELEMETRY = ("radius", "norm", "radial_gradient", "tangential_gradient", "angular_update")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -356,8 +355,7 @@ class _PolarOptimizer(torch.optim.Optimizer):
         rows = self.state[p]["radius"].numel()
         known = self._telemetry.get(p)
         if known is None or known.device != p.device or len(known) != rows:
-            shape = (rows, len(TELEMETRY))
-            known = self._telemetry[p] = torch.full(shape, math.nan, dtype=torch.float64, device=p.device)
+            known = self._telemetry[p] = torch.full((rows, 4), math.nan, dtype=torch.float64, device=p.device)
         return known
 
     def _age(self, state: dict, group: dict) -> tuple:
@@ -548,8 +546,9 @@ class _PolarOptimizer(torch.optim.Optimizer):
 
         Returns: parameter name, or "group.index" where the optimizer was given none, -> a dict of
 
-        - "radius" (signed) and "norm", |v|, after the step; "radial_gradient" <G, theta>; "tangential_gradient"
-          |G - <G, theta> theta|; "angular_update", in radians, all (R,) in float64, and NaN before the first step;
+        - "radius" (signed, 0 for a lost row) and "norm", |v|, as they are now; "radial_gradient" <G, theta>;
+          "tangential_gradient" |G - <G, theta> theta|; "angular_update", in radians; all (R,) in float64, and the last
+          three NaN before the first step;
         - "effective_lr": lr / |v|^2, (R,), the rate of the direction theta = v/|v| per unit of the radius;
         - "lost_rows": how many rows have become zero, and so have lost their direction; 0-d int64.
 
@@ -560,9 +559,12 @@ class _PolarOptimizer(torch.optim.Optimizer):
         result = {}
         for group, index, p in self._weights():
             if group["telemetry"]:
-                values = dict(zip(TELEMETRY, self._telemetry_of(p).clone().unbind(1)))
-                values["effective_lr"] = group["lr"] / self.state[p]["norm"] ** 2
-                values["lost_rows"] = (functional.row_norm(p.detach(), group["dim"]) == 0).sum()
+                state = self.state[p]
+                values = functional.telemetry(self._telemetry_of(p), state["radius"], state["norm"], group["kind"])
+                lost = functional.row_norm(p.detach(), group["dim"]).view(-1) == 0
+                values["radius"].masked_fill_(lost, 0)
+                values["effective_lr"] = group["lr"] / values["norm"] ** 2
+                values["lost_rows"] = lost.sum()
                 result[self._name(group, index)] = values
         return result
 

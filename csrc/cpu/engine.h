@@ -926,10 +926,17 @@ template <class Formula, class A> WN_MULTIVERSION void solve_rows(RowTile<Formul
     tile.template store<Formula::results>(result, r, results);
   });
   if constexpr (Formula::residuals > 0) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    const auto finish = [&](int64_t r) __attribute__((always_inline)) {
       double result[Formula::results];
       tile.template load<Formula::results>(results, r, result);
-      if (!tile.apart[r]) tile.formula.finish(tile.first + r, result);
+      tile.formula.finish(tile.first + r, result);
+    };
+    if (tile.all_together()) {
+#pragma omp simd
+      for (int64_t r = 0; r < tile.rows; ++r) finish(r);
+    } else {
+      for (int64_t r = 0; r < tile.rows; ++r)
+        if (!tile.apart[r]) finish(r);
     }
   } else if constexpr (Formula::results > 0) {
     write_rows(tile.formula.stored(), tile.first, tile.rows, results[0]);

@@ -95,7 +95,7 @@ std::string step_in_backward(DType type, const Device& device, int64_t batch, in
   call.type = static_cast<int>(type);
   call.known = call.sign = 1, call.lr = call.radius_lr = call.bias_lr = 0.01;
   call.batch = batch, call.rows = rows, call.width = width;
-  call.rho = numbers(rows), call.radius = numbers(rows), call.norm = numbers(rows), call.telemetry = numbers(5 * rows);
+  call.rho = numbers(rows), call.radius = numbers(rows), call.norm = numbers(rows), call.telemetry = numbers(4 * rows);
   for (int64_t u = 0; u < rows; ++u) call.norm[u] = std::abs(call.norm[u]);
   call.dy = make(batch * rows, type), call.z = make(batch * rows, type), call.of_x = make(batch * rows, type);
   call.of_weight = make(batch * rows - beyond, type), call.weight = make(rows * width, type);

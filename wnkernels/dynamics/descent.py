@@ -58,7 +58,7 @@ class _Part:
     rates: Tensor | None = None
     radius: Tensor | None = None
     norm: Tensor | None = None
-    telemetry: Tensor | None = None
+    table: Tensor | None = None
 
     def of(self, x: Tensor | None) -> Tensor | None:
         """These rows of a tensor that has all of the weight's."""
@@ -70,8 +70,7 @@ class PolarWeights:
 
     weights: the weights w, which keep their identity. grads: a place for the gradient of each; `snapshot` and
     `rollback` remember it too. radius, norm: for each (R,) float64, g or alpha and |v|; None for a plain
-    weight, and NaN in the plain rows of one that has others too. telemetry: for each (R, 5) as of
-    `functional.polar_sgd_`, or None.
+    weight, and NaN in the plain rows of one that has others too.
     """
 
     def __init__(self, weights, kinds, dims, norm, radius_lr_ratio, retraction, instances, telemetry) -> None:
@@ -86,7 +85,7 @@ class PolarWeights:
                     n = norm[i]
                 else:
                     n = length.clone() if norm == "weight" else torch.full_like(length, norm)
-                table = torch.full((len(length), 5), math.nan, dtype=torch.float64, device=w.device)
+                table = torch.full((len(length), 4), math.nan, dtype=torch.float64, device=w.device)
                 parts = length, n, table if telemetry else None
             for column, part in zip((radius, norms, tables), parts):
                 column.append(part)
@@ -95,7 +94,7 @@ class PolarWeights:
         self.weights, self.grads, self.radius, self.norm = (
             shared[i : i + count] for i in range(0, 4 * count, count)
         )
-        self.telemetry = tables
+        self._tables = tables
         self._owners, self._rates = [None] * count, [None] * count  # of each row: its instance, and its rate
         if instances > 1:
             everyone = [torch.arange(instances, device=w.device) for w in weights]
@@ -114,8 +113,8 @@ class PolarWeights:
             last = first + count
             rows = None if count == self.instances else slice(each * first, each * last)
             part = _Part(i, name, self.dims[i], rows, slice(first, last), w if rows is None else w[rows])
-            part.rates, part.radius, part.norm, part.telemetry = (
-                part.of(column[i]) for column in (self._rates, self.radius, self.norm, self.telemetry)
+            part.rates, part.radius, part.norm, part.table = (
+                part.of(column[i]) for column in (self._rates, self.radius, self.norm, self._tables)
             )
             if name == "ewn":
                 part.radius.log_()
@@ -144,7 +143,7 @@ class PolarWeights:
                     kind=parts[0].kind,
                     dims=[part.dim for part in parts],
                     retraction=self.retraction,
-                    telemetry=None if parts[0].telemetry is None else [part.telemetry for part in parts],
+                    telemetry=None if parts[0].table is None else [part.table for part in parts],
                 ),
             )
             for parts in groups.values()
@@ -199,6 +198,25 @@ class PolarWeights:
                 torch.index_select(lr.double(), 0, owner, out=rates)
         return many
 
+    def telemetry(self) -> list[dict[str, Tensor] | None]:
+        """What the last step did to each weight, as `functional.telemetry`; None for a plain one.
+
+        NaN in the plain rows of a weight that has others too.
+
+        Raises: RuntimeError where the point was made without telemetry.
+        """
+        result = []
+        for i, kind in enumerate(self.kinds):
+            parts = [part for part in self._parts if part.index == i]
+            if kind is None:
+                result.append(None)
+                continue
+            if parts[0].table is None:
+                raise RuntimeError("telemetry() needs polar_weights(..., telemetry=True), got telemetry=False")
+            values = [functional.telemetry(part.table, part.radius, part.norm, part.kind) for part in parts]
+            result.append({name: torch.cat([v[name] for v in values]) for name in values[0]})
+        return result
+
     def snapshot(self) -> None:
         """Remembers all weights, gradients and coordinates. One snapshot is kept, the last."""
         if self._saved is None:
@@ -241,7 +259,7 @@ class PolarWeights:
             self.radius_lr_ratio,
             self.retraction,
             len(chosen),
-            any(table is not None for table in self.telemetry),
+            any(table is not None for table in self._tables),
         )
         taken.keep([rows(grad) for grad in self.grads])
         return taken

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..optim import TELEMETRY
 from .record import Recorder
 
 __all__ = [
@@ -52,21 +51,18 @@ def _derived(s: Tensor, radial: Tensor, tangential: Tensor) -> dict[str, Tensor]
     }
 
 
-def from_telemetry(telemetry: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
+def from_telemetry(telemetry: dict[str, Tensor]) -> dict[str, Tensor]:
     """The quantities of the module's docstring from a step's telemetry.
 
     Gradients are those at which the step was taken, radius and |v| those after it.
 
     Args:
-        telemetry: of one weight, as `optim.PolarSGD.telemetry` gives it, or the (R, 5) tensor of
-            `functional.polar_sgd_`.
+        telemetry: of one weight, as `optim.PolarSGD.telemetry` or `functional.telemetry` gives it.
 
     Returns: name -> (R,) float64.
     """
-    if isinstance(telemetry, Tensor):
-        telemetry = dict(zip(TELEMETRY, telemetry.unbind(1)))
-    s, norm, radial, tangential, angle = (telemetry[name] for name in TELEMETRY)
-    return {**_derived(s, radial, tangential), "direction_norm": norm, "angular_update": angle}
+    values = _derived(*(telemetry[name] for name in ("radius", "radial_gradient", "tangential_gradient")))
+    return {**values, "direction_norm": telemetry["norm"], "angular_update": telemetry["angular_update"]}
 
 
 def from_gradient(w: Tensor, grad: Tensor, dim: int | None = 0) -> dict[str, Tensor]:
