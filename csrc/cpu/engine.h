@@ -657,6 +657,9 @@ template <int width, class A> WN_INLINE void sum_lanes(const A* lanes, A* sums) 
   }
 }
 
+// Of a row of chunks of `width` elements, the lanes of whose sums are kept until those of the tile's rows are added up.
+template <int width> constexpr int kKept = std::min(width, kKeptLanes);
+
 WN_INLINE int64_t whole(int64_t rows) { return (rows + kSolved - 1) / kSolved * kSolved; }
 
 // sums[p][lane] = what terms(x, add) adds by add(p, term) in that lane, over the elements x of a short row from `begin` on.
@@ -691,12 +694,17 @@ WN_INLINE void sum_short_row(const E& elements, Ahead ahead, int64_t begin, int6
     }
 }
 
+// The same for the rows of a tile, from what `fold` left of each.
+template <int kept, class A> WN_INLINE void sum_rows(const A* lanes, int64_t rows, A* sums) {
+  for (int64_t r = 0; r < rows; r += kSolved) sum_lanes<kept>(lanes + r * kept, sums + r);
+}
+
 // The Gram matrices of the short rows from element `begin` on. Rows that the last kSolved lack are zero.
 template <int width, bool two_chunks, class Formula, class E>
 WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin, int64_t length, int64_t rows,
                                   typename E::A (*gram)[kShortRows]) {
   using A = typename E::A;
-  constexpr int kept = std::min(width, kKeptLanes);
+  constexpr int kept = kKept<width>;
   A lanes[kGram<Formula>][kShortRows * kept];
   for (int64_t r = 0; r < rows; ++r, begin += length) {
     // For all sweeps over a row that is too short for each of them to ask for its own.
@@ -712,7 +720,7 @@ WN_INLINE void gram_of_short_rows(const E& elements, Ahead ahead, int64_t begin,
   }
   for (int p = 0; p < kGram<Formula>; ++p) {
     std::fill(lanes[p] + rows * kept, lanes[p] + whole(rows) * kept, A(0));
-    for (int64_t r = 0; r < rows; r += kSolved) sum_lanes<kept>(lanes[p] + r * kept, gram[p] + r);
+    sum_rows<kept>(lanes[p], rows, gram[p]);
   }
 }
 
@@ -757,10 +765,10 @@ WN_INLINE void combine_short_row(const E& elements, Ahead ahead, int64_t tile, i
   if (rest) last.store(elements, begin + length - width);
 }
 
-// The second reduction over a row of one or two chunks, for a formula that writes its outputs in it.
+// The second reduction over row r of a tile, of one or two chunks, for a formula that writes its outputs in it.
 template <int width, class Formula, class E>
-WN_INLINE void advance_two_chunks(const E& elements, int64_t begin, int64_t length, const typename E::A* c,
-                                  typename E::A* sums) {
+WN_INLINE void advance_two_chunks(const E& elements, int64_t begin, int64_t length, const typename E::A* c, int64_t r,
+                                  typename E::A (*sums)[kShortRows * kKept<width>]) {
   using A = typename E::A;
   A lanes[Formula::residuals][width] = {};
   const auto advance = [&](int64_t i, int from, Chunk<width, Formula, A>& chunk) __attribute__((always_inline)) {
@@ -780,7 +788,9 @@ WN_INLINE void advance_two_chunks(const E& elements, int64_t begin, int64_t leng
     last.store(elements, begin + length - width);
   }
   first.store(elements, begin);
-  static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) { sums[p] = tree<width / 2>(lanes[p]); });
+  static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) {
+    fold<width, kKept<width>>(lanes[p], sums[p] + r * kKept<width>);
+  });
 }
 
 // Values and results of the rows of a tile, so that loops over them need not ask for the dtype. One value for all rows is
@@ -970,13 +980,15 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead 
     find_zeros(elements, length, tile);
     if constexpr (kAdvances<Formula>) {
       prepare_rows(tile);
+      [[maybe_unused]] A lanes_of_rows[Formula::residuals][two_chunks ? kShortRows * kKept<width> : 1];
       for (int64_t r = 0; r < rows; ++r) {
         if (tile.apart[r]) continue;
         A c[kCoefficients<Formula>], sums[Formula::residuals];
         tile.template load<Formula::coefficients>(tile.c, r, c);
         const int64_t at = (begin + r) * length;
         if constexpr (two_chunks) {
-          advance_two_chunks<width, Formula>(elements, at, length, c, sums);
+          advance_two_chunks<width, Formula>(elements, at, length, c, r, lanes_of_rows);
+          continue;
         } else if constexpr (advance) {
           residuals_of_range<Formula, true>(elements, at, at + length, ahead, c, sums);
         } else {
@@ -988,6 +1000,8 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead 
         }
         tile.template store<Formula::residuals>(sums, r, tile.sums);
       }
+      if constexpr (two_chunks)
+        for (int p = 0; p < Formula::residuals; ++p) sum_rows<kKept<width>>(lanes_of_rows[p], rows, tile.sums[p]);
     }
     solve_rows(tile);
     bool done[kShortRows] = {};
