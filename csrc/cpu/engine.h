@@ -49,7 +49,8 @@ constexpr int64_t kTile = 512;          // columns side by side, at most
 constexpr int64_t kTileBytes = 1 << 18; // a tile and all its inputs stay in L2 between reading and writing
 constexpr int64_t kShortSegment = 32;   // segments of rows below this length are handled as columns
 constexpr int64_t kShortRows = 64;      // short rows side by side, at most
-constexpr int64_t kShortBytes = 16384;  // and as many as stay in L1 between reading and writing
+constexpr int64_t kShortBytes = 16384;  // and as many as stay in L1 between reading and writing,
+constexpr int64_t kFewRows = 4;         // but so many at least, so that the arithmetic of one overlaps that of another
 constexpr int64_t kSolved = 16;         // of them are solved at a time
 constexpr int kKeptLanes = 4;           // of the sums over a short row, until all rows of a tile have theirs
 constexpr int64_t kGrain = 32768;       // elements worth waking a thread for
@@ -245,6 +246,16 @@ template <int width, class A> WN_INLINE A tree(A* lanes) {
   return lanes[0];
 }
 
+// f(i) for i from 0 to count - 1, in vectors of `width` elements, of half as many, and so on; count < 2 width.
+template <int width, class F> WN_INLINE void for_rest(int count, F&& f, int i = 0) {
+  if (count & width) {
+#pragma omp simd
+    for (int lane = 0; lane < width; ++lane) f(i + lane);
+    i += width;
+  }
+  if constexpr (width > 1) for_rest<width / 2>(count, f, i);
+}
+
 // sums[p] = the sum over a piece of what terms(i, x, add) adds by add(p, term), for each element x, the i-th. On the way
 // ask(i) is called for every kLanes of them.
 template <int count, class Formula, class E, class F, class Ask>
@@ -274,7 +285,7 @@ WN_INLINE void reduce_piece(const E& elements, int64_t begin, int64_t end, typen
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
     ask(i);  // behind the loads, which must not wait for it
   }
-  for (int lane = 0; i + lane < end; ++lane) add(i + lane, lane);
+  for_rest<kLanes / 2>(end - i, [&](int lane) __attribute__((always_inline)) { add(i + lane, lane); });
   static_for<count>([&](auto p) __attribute__((always_inline)) { sums[p] = tree<kLanes / 2>(lanes[p]); });
 }
 
@@ -344,8 +355,7 @@ WN_INLINE void for_elements(int64_t begin, int64_t end, bool backwards, Lanes&& 
     ask(n * kLanes);
     lanes(first + n * step);
   }
-#pragma omp simd
-  for (int64_t i = rest; i < rest + (end - begin - blocks * kLanes); ++i) each(i);
+  for_rest<kLanes / 2>((end - begin) % kLanes, [&](int i) __attribute__((always_inline)) { each(rest + i); });
 }
 
 template <class Formula, bool hardware, class E>
@@ -960,7 +970,9 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead 
   constexpr bool step = Formula::residuals > 0;
   const E elements(problem);
   const int64_t length = problem.layout.inner;
-  const int64_t most = std::clamp<int64_t>(kShortBytes / (length * E::bytes), kSolved, kShortRows);
+  // A step has too much to solve for each row to do so for fewer than kSolved of them.
+  const int64_t bytes = step || !first_cache_is_large() ? kShortBytes : kShortBytes * 3 / 2;
+  const int64_t most = std::clamp<int64_t>(bytes / (length * E::bytes), step ? kSolved : kFewRows, kShortRows);
   ahead.next *= most;  // from a tile to the next one
   const Ahead while_combining = step && length >= kShortRow ? ahead : Ahead{};
   RowTile<Formula, A> tile(problem.formula);
