@@ -22,6 +22,7 @@ from . import harness, providers
 SHAPES = ((4096, 4096), (16384, 1024), (64, 262144), (65536, 256), (65536, 9), (4096, 4097))
 LARGE = (16384, 16384)  # beyond the cache of a GPU; the others already are beyond that of a CPU
 QUICK = SHAPES[:2]
+CACHED = ((1024, 256), (512, 512), (1024, 1024))  # on a CPU: the same tensors again and again, which stay there
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
 # Goals of wnkernels with outputs reused, at the shapes QUICK: kernel -> (of what, most of its time).
@@ -79,7 +80,7 @@ def run(shape, dtype, options):
     table = kernels(normed)
     with providers.compiling(backward_again=True):
         make = lambda: tensors(*shape, dtype, options.device, normed)  # noqa: E731
-        following = harness.rotate(make, size, options.device)
+        following = itertools.repeat(make()).__next__ if shape in CACHED else harness.rotate(make, size, options.device)
         calls = {(kernel, provider): lambda call=call: call(following())
                  for kernel, (_, by_provider) in table.items() for provider, call in by_provider.items()}
         times = harness.measure(calls, device=options.device, seconds=options.seconds, rounds=options.rounds,
@@ -141,7 +142,7 @@ def main(arguments=None):
         command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if arguments is None else arguments)]
         os.execve(sys.executable, command, os.environ | KEEP_MEMORY)
     facts, folder = harness.begin(options)
-    shapes = QUICK if options.quick else SHAPES if options.device == "cpu" else (*SHAPES, LARGE)
+    shapes = QUICK if options.quick else SHAPES + (CACHED if options.device == "cpu" else (LARGE,))
     rows, points = [], [(shape, DTYPES[dtype]) for shape in shapes for dtype in options.dtypes]
     counts = options.threads or [torch.get_num_threads()]
     with harness.Progress(len(points) * len(counts), "kernels") as progress:

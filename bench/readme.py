@@ -98,6 +98,8 @@ def optimizers(folder):
     return table(["", *kinds], [
         line("step alone", large, "wnkernels", both),
         line("step with telemetry", large, "wnkernels, telemetry", both),
+        *(line(f"step with telemetry, {shape.replace('x', '×')}", f"step, {shape}", "wnkernels, telemetry", both)
+          for shape in ("1024x256", "65536x9")),
         line("full training step, batch 16", full, "wnkernels"),
         line("full training step of torch's parametrization", full, "torch parametrized"),
         *(line(case.replace("x", "×"), case, "wnkernels", both) for case in steps.SHAPES | steps.COLD),
@@ -136,7 +138,9 @@ OF = {"copy": "a copy", "add": "an add"}
 def kernels(folder):
     counts = threads(folder)
     ours = [r for r in rows(folder, "kernels_reuse", provider="wnkernels", threads=counts[-1])
-            if r["kernel"] in single.GOALS]
+            if r["kernel"] in (*single.GOALS, "backward")]
+    cached = [r for r in ours if (int(r["rows"]), int(r["length"])) in single.CACHED]
+    ours = [r for r in ours if r["kernel"] in single.GOALS and r not in cached]
 
     def line(row):
         of, bound, met = single.goal(row)
@@ -153,12 +157,21 @@ def kernels(folder):
         found = sorted(float(r[f"ratio_{of}"]) for r in ours if r["kernel"] == kernel and not single.goal(r))
         return f"`{kernel}` {found[0]:.2f} to {found[-1]:.2f} of {OF[of]}"
 
+    def of_torch(kernel, dtype):
+        found = sorted(float(r["ratio_torch"]) for r in cached if r["kernel"] == kernel and r["dtype"] == dtype)
+        return f"{found[0]:.2f} to {found[-1]:.2f}"
+
+    def shapes(of):
+        return ", ".join(dict.fromkeys(f"{r['rows']}×{r['length']}" for r in of))
+
     header = ["shape", "", "kernel", "% of a copy's speed", "time", "goal", "to torch",
               f"speed of {counts[-1]} threads to {counts[0]}"]
-    others = list(dict.fromkeys(f"{r['rows']}×{r['length']}" for r in ours if not single.goal(r)))
     return (table(header, [line(r) for r in ours if single.goal(r)])
-            + f"\n\nOver the other shapes ({', '.join(others)}), without goals:\n"
-            + ",\n".join(spread(kernel) for kernel in single.GOALS) + ".")
+            + f"\n\nOver the other shapes ({shapes(r for r in ours if not single.goal(r))}), without goals:\n"
+            + ",\n".join(spread(kernel) for kernel in single.GOALS) + ".\n\n"
+            + f"Weights that stay in a cache ({shapes(cached)}), time over torch's in fp32 / bf16:\n"
+            + ",\n".join(f"`{kernel}` {of_torch(kernel, 'float32')} / {of_torch(kernel, 'bfloat16')}"
+                         for kernel in (*single.GOALS, "backward")) + ".")
 
 
 def models(folder):
