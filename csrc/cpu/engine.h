@@ -209,7 +209,7 @@ WN_INLINE void for_pieces(const Layout& layout, int64_t row, F&& piece, bool bac
 // What the passes over a row ask memory for. Hardware fetches ahead too, but too late, anew on every page, and nothing
 // while a pass works on what is in cache. The pass that meets elements first asks for those that it will meet soon; the
 // others ask for the beginning of the next row, at a pace that leaves their own loads from the second cache room. One
-// input alone is better left to the hardware.
+// input alone is asked for by the first pass only, and left to the hardware where the first cache is small.
 struct Ahead {
   int64_t next = 0;    // elements from a row to the next one, 0 to ask for nothing
   bool again = false;  // rows are too long for the cache: later passes meet the elements for the first time again
@@ -217,7 +217,8 @@ struct Ahead {
 template <class Formula> constexpr Ahead kOfPieces = Formula::inputs > 1 ? Ahead{1, true} : Ahead{};
 template <class Formula, class E> WN_INLINE Ahead ahead_of(const Problem<Formula>& problem) {
   const Layout& layout = problem.layout;
-  if (Formula::inputs == 1 || layout.outer > 1 || layout.rows * layout.inner * E::bytes <= kCached) return {};
+  if (layout.outer > 1 || layout.rows * layout.inner * E::bytes <= kCached) return {};
+  if (Formula::inputs == 1 && !first_cache_is_large()) return {};
   return {layout.inner, 2 * layout.inner * E::bytes > kCached};
 }
 
@@ -388,7 +389,7 @@ WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, Ahea
     }
   }, each, [&](int64_t n) __attribute__((always_inline)) {
     if (ahead.again) elements.template ask<0, Formula::inputs, kLanes>(begin + n);
-    else if (ahead.next != 0) ask_for_next<Formula>(elements, ahead, begin, 0, n);
+    else if (Formula::inputs > 1 && ahead.next != 0) ask_for_next<Formula>(elements, ahead, begin, 0, n);
   });
 }
 
