@@ -298,3 +298,15 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.wnkernels.polar_adam_.default, (
         [w], [G], [r], [r.clone()], [w.clone()], [w.square()], [], [r.clone()], [r.clone()], [], [], [], "swn", [0],
         [*numbers, 0.9, 0.999, 1e-8, 1.0], [], True, False, "project", None, None))
+
+
+def test_telemetry_checks_what_it_is_given():
+    table, rows = torch.zeros(3, 4), torch.ones(3)
+    assert wF.telemetry(table, rows, rows, "unit")["angular_update"].shape == (3,)
+    for arguments, message in (
+        ((table, rows, rows, "polar"), "kind must be"),
+        ((table, rows[:2], rows, "swn"), "radius and norm"),
+        ((table[:, :3], rows, rows, "swn"), r"table must be \(R, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wF.telemetry(*arguments)

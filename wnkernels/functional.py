@@ -343,12 +343,21 @@ def telemetry(table, radius, norm, kind):
 
     Args:
         table: float64 (R, 4), as ``polar_sgd_`` or ``polar_adam_`` left it.
-        radius, norm, kind: of the weight, as the step left them.
+        radius, norm: float64 (R,), of the weight, as the step left them.
+        kind: "swn", "ewn" or "unit".
 
     Returns: a dict of new float64 tensors (R,): "radius" (signed) and "norm", ‖v‖, after the step; "radial_gradient"
         ⟨G, θ⟩ and "tangential_gradient" ‖G − ⟨G, θ⟩θ‖ of the gradient that the step took, θ = v/‖v‖; "angular_update",
         the angle between v before and after, in radians.
+
+    Raises: ValueError for another kind, or for shapes that do not fit.
     """
+    if kind not in ("swn", "ewn", "unit"):
+        raise ValueError(f"kind must be 'swn', 'ewn' or 'unit', got {kind!r}")
+    rows = radius.shape
+    if len(rows) != 1 or norm.shape != rows or table.shape != (*rows, 4):
+        raise ValueError("table must be (R, 4), radius and norm (R,), got "
+                         f"{tuple(table.shape)}, {tuple(rows)} and {tuple(norm.shape)}")
     radial, tangential, across_square, along = table.unbind(1)
     return {
         "radius": radius.exp() if kind == "ewn" else radius.clone(),

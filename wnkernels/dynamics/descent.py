@@ -213,7 +213,7 @@ class PolarWeights:
                 continue
             if parts[0].table is None:
                 raise RuntimeError("telemetry() needs polar_weights(..., telemetry=True), got telemetry=False")
-            values = [functional.telemetry(part.table, part.radius, part.norm, part.kind) for part in parts]
+            values = [functional.telemetry(part.table, part.radius, part.norm, part.kind or "swn") for part in parts]
             result.append({name: torch.cat([v[name] for v in values]) for name in values[0]})
         return result
 
