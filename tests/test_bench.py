@@ -298,7 +298,9 @@ def test_kernels_agree():
                                            msg=lambda m: f"{name}: {m}")
 
 
-def test_kernels_against_their_goals(monkeypatch, options):
+@pytest.mark.parametrize("cached", [(), ((4, 8),)])
+def test_kernels_against_their_goals(monkeypatch, options, cached):
+    monkeypatch.setattr(kernels, "CACHED", cached)
     monkeypatch.setattr(kernels, "QUICK", ((4, 8),))
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 0)
     rows = kernels.run((4, 8), torch.float32, options)

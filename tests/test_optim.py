@@ -343,7 +343,8 @@ def test_an_underflowing_radius_loses_the_direction_and_is_counted():
         optimizer.step()
         grad = 0.01 * torch.randn(3, 8)
     assert (p[1] == 0).all() and (p[[0, 2]] != 0).all() and p.isfinite().all()
-    assert optimizer.telemetry()["w"]["lost_rows"] == 1
+    values = optimizer.telemetry()["w"]
+    assert values["lost_rows"] == 1 and values["radius"].eq(0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("kind", ["swn", "ewn"])
