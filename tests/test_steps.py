@@ -8,7 +8,8 @@ import torch
 from wnkernels import functional as wF
 
 SHAPES = [((6, 10), 0), ((6, 10), 1), ((6, 10), None), ((40, 9), 0), ((4, 3, 5, 5), 0), ((4, 3, 5, 5), 1), ((3, 5000), 0),
-          ((2, 70001), 0), ((1, 1), 0), ((7, 2), 0), ((0, 4), 0), ((70, 5), 0), ((37, 70), 0), ((19, 400), 0), ((21, 1024), 0)]
+          ((2, 70001), 0), ((1, 1), 0), ((7, 2), 0), ((0, 4), 0), ((70, 5), 0), ((70, 4), 0), ((50, 3), 0), ((35, 8), 0),
+          ((35, 16), 0), ((70, 31), 0), ((37, 70), 0), ((19, 400), 0), ((21, 1024), 0)]
 SGD = [dict(), dict(weight_decay=0.1, radius_weight_decay=0.05, ratio=0.3, maximize=True), dict(momentum=0.9),
        dict(momentum=0.9, dampening=0.1, weight_decay=0.1, radius_weight_decay=0.1, ratio=0.5),
        dict(momentum=0.9, nesterov=True, weight_decay=0.1, ratio=2.0)]

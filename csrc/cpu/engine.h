@@ -154,14 +154,36 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   }
   // Output 0 := factor(output 0), and again in the last output where that is a rounded copy.
   template <class F> WN_INLINE void rescale(int64_t i, F&& factor) const {
-    using W = std::tuple_element_t<0, std::tuple<O...>>;
-    using Last = std::tuple_element_t<sizeof...(O) - 1, std::tuple<O...>>;
-    W* const w = static_cast<W*>(out[0]) + i;
-    *w = narrow<W>::from(factor(widen(*w)));
-    if constexpr (Formula::with_rounded_copy) static_cast<Last*>(out[sizeof...(O) - 1])[i] = narrow<Last>::from(widen(*w));
+    FirstOutput* const w = static_cast<FirstOutput*>(out[0]) + i;
+    *w = narrow<FirstOutput>::from(factor(widen(*w)));
+    if constexpr (Formula::with_rounded_copy) static_cast<LastOutput*>(out[last])[i] = narrow<LastOutput>::from(widen(*w));
+  }
+  // The same for the chunks from i and from j on, which may overlap.
+  template <int width, class F> WN_INLINE void rescale_chunks(int64_t i, int64_t j, F&& factor) const {
+    FirstOutput* const w = static_cast<FirstOutput*>(out[0]);
+    FirstOutput of_i[width], of_j[width];
+    const auto read = [&](const FirstOutput* from, FirstOutput* to) __attribute__((always_inline)) {
+      const auto each = [&](int lane) __attribute__((always_inline)) {
+        to[lane] = narrow<FirstOutput>::from(factor(widen(from[lane])));
+      };
+#pragma omp simd
+      for (int lane = 0; lane < width; ++lane) each(lane);
+    };
+    read(w + i, of_i);
+    read(w + j, of_j);
+    std::copy_n(of_i, width, w + i);
+    std::copy_n(of_j, width, w + j);
+    if constexpr (Formula::with_rounded_copy) {
+      narrow_lanes<width>(of_i, static_cast<LastOutput*>(out[last]) + i);
+      narrow_lanes<width>(of_j, static_cast<LastOutput*>(out[last]) + j);
+    }
   }
 
  private:
+  static constexpr size_t last = std::max<size_t>(sizeof...(O), 1) - 1;
+  using FirstOutput = std::tuple_element_t<0, std::tuple<O..., A>>;
+  using LastOutput = std::tuple_element_t<last, std::tuple<O..., A>>;
+
   template <class B, size_t... k> WN_INLINE void load(int64_t i, B* x, std::index_sequence<k...>) const {
     ((x[k] = static_cast<B>(widen(static_cast<const I*>(in[k])[i]))), ...);
   }
@@ -776,13 +798,36 @@ WN_INLINE void combine_short_row(const E& elements, Ahead ahead, int64_t tile, i
   if (rest) last.store(elements, begin + length - width);
 }
 
-// The second reduction over row r of a tile, of one or two chunks, for a formula that writes its outputs in it.
+// A row of one or two chunks: fill(i, from, chunk) for the one at element i, of which the lanes below `from` belong to the
+// other one too.
+template <int width, class Formula, class E, class F>
+WN_INLINE void for_two_chunks(const E& elements, int64_t begin, int64_t length, F&& fill) {
+  Chunk<width, Formula, typename E::A> first, last;
+  const int rest = length % width;
+  fill(begin, 0, first);
+  if (rest > 0) {
+    fill(begin + length - width, width - rest, last);
+    last.store(elements, begin + length - width);
+  }
+  first.store(elements, begin);
+}
+
+template <int width, class Formula, class E>
+WN_INLINE void combine_two_chunks(const E& elements, int64_t begin, int64_t length, const typename E::A* c) {
+  for_two_chunks<width, Formula>(elements, begin, length, [&](int64_t i, int, auto& chunk) __attribute__((always_inline)) {
+    fill_chunk(elements, i, chunk, [&](const auto* x, auto* y, int) __attribute__((always_inline)) {
+      Formula::combine(c, x, y);
+    });
+  });
+}
+
+// The second reduction over row r of a tile for a formula that writes its outputs in it.
 template <int width, class Formula, class E>
 WN_INLINE void advance_two_chunks(const E& elements, int64_t begin, int64_t length, const typename E::A* c, int64_t r,
                                   typename E::A (*sums)[kShortRows * kKept<width>]) {
   using A = typename E::A;
   A lanes[Formula::residuals][width] = {};
-  const auto advance = [&](int64_t i, int from, Chunk<width, Formula, A>& chunk) __attribute__((always_inline)) {
+  for_two_chunks<width, Formula>(elements, begin, length, [&](int64_t i, int from, auto& chunk) __attribute__((always_inline)) {
     fill_chunk(elements, i, chunk, [&](const A* x, A* y, int lane) __attribute__((always_inline)) {
       A term[Formula::residuals];
       Formula::advance(c, x, y, term);
@@ -790,15 +835,7 @@ WN_INLINE void advance_two_chunks(const E& elements, int64_t begin, int64_t leng
         lanes[p][lane] += zero_unless(lane >= from, term[p]);
       });
     });
-  };
-  Chunk<width, Formula, A> first, last;
-  const int rest = length % width;
-  advance(begin, 0, first);
-  if (rest > 0) {
-    advance(begin + length - width, width - rest, last);
-    last.store(elements, begin + length - width);
-  }
-  first.store(elements, begin);
+  });
   static_for<Formula::residuals>([&](auto p) __attribute__((always_inline)) {
     fold<width, kKept<width>>(lanes[p], sums[p] + r * kKept<width>);
   });
@@ -818,6 +855,8 @@ template <class A> void read_rows(const RowValues& from, int64_t first, int64_t 
   });
 }
 inline void read_rows(const double* from, int64_t first, int64_t rows, double* to) {
+  // asks for those of the next tile
+  for (int64_t r = 0; r < kShortRows; r += kLine / sizeof(double)) __builtin_prefetch(from + first + kShortRows + r);
   std::copy_n(from + first, rows, to);
 }
 template <class A> void write_rows(const RowResults& to, int64_t first, int64_t rows, const A* values) {
@@ -1034,7 +1073,12 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead 
         A c[kCoefficients<Formula>];
         tile.template load<Formula::coefficients>(tile.c, r, c);
         const int64_t at = (begin + r) * length;
-        if constexpr (advance) rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
+        if constexpr (advance && two_chunks)
+          elements.template rescale_chunks<width>(at, at + length - width, [&](A y) __attribute__((always_inline)) {
+            return Formula::rescale(c, y);
+          });
+        else if constexpr (advance) rescale_piece<Formula>(elements, at, at + length, Ahead{}, c);
+        else if constexpr (two_chunks) combine_two_chunks<width, Formula>(elements, at, length, c);
         else combine_short_row<width, Formula>(elements, while_combining, begin * length, at, length, c);
       }
     }
@@ -1043,15 +1087,16 @@ WN_MULTIVERSION void short_rows_in_range(const Problem<Formula>& problem, Ahead 
 
 template <class Formula, class E> void run_short_rows(const Problem<Formula>& problem, int64_t bytes_of_call) {
   const int64_t length = problem.layout.inner;
-  // In 16 bits chunks of four take longer than single elements; and a step has the bits of any type of its gradient.
-  constexpr bool fours = Formula::residuals == 0 && !E::has_16_bits;
+  // In 16 bits smaller chunks take longer than single elements; but a step has the bits of any type of its gradient.
+  constexpr bool small = Formula::residuals > 0 || !E::has_16_bits;
   const Ahead ahead = bytes_of_call > kLastCacheOfSteps ? ahead_of<Formula, E>(problem) : Ahead{};
   const int64_t row = length + (Formula::residuals > 0 ? kStepOfRow : 0);
   at::parallel_for(0, problem.layout.rows, std::max<int64_t>(1, kGrain / row), [&](int64_t first, int64_t last) {
     if (length >= 32) short_rows_in_range<16, false, Formula, E>(problem, ahead, first, last);
     else if (length >= 16) short_rows_in_range<16, true, Formula, E>(problem, ahead, first, last);
     else if (length >= 8) short_rows_in_range<8, true, Formula, E>(problem, ahead, first, last);
-    else if (fours && length >= 4) short_rows_in_range<fours ? 4 : 1, fours, Formula, E>(problem, ahead, first, last);
+    else if (small && length >= 4) short_rows_in_range<small ? 4 : 1, small, Formula, E>(problem, ahead, first, last);
+    else if (small && length >= 2) short_rows_in_range<small ? 2 : 1, small, Formula, E>(problem, ahead, first, last);
     else short_rows_in_range<1, false, Formula, E>(problem, ahead, first, last);
   });
 }
