@@ -58,7 +58,8 @@ CASES = {
     "full step, 4096x4096, batch 16": (one(4096, 4096), "full", 16),
 }
 SHAPES = {f"step, {rows}x{columns}": (one(rows, columns), "step", 1) for rows, columns in (
-    (64, 4096), (256, 1024), (512, 512), (1024, 256), (1024, 1024), (16384, 768), (65536, 9))}
+    (64, 4096), (256, 1024), (512, 512), (1024, 256), (1024, 1024), (16384, 768), (65536, 9),
+    (65536, 4))}
 # after writes that fill the last cache twice, as between the steps of a large model
 COLD = {f"cold {case}": SHAPES[case] for case in ("step, 512x512", "step, 1024x256", "step, 1024x1024")}
 CASES |= SHAPES | COLD
