@@ -97,11 +97,12 @@ def test_a_row_of_one_element_keeps_its_direction(adam):
 
 @pytest.mark.parametrize("adam", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16bit_parameters(dtype, adam):
-    net = Net((9, 33), 0, "ewn", torch.float32, {}, adam)
-    copy = torch.full((9, 33), math.nan, dtype=dtype)
+@pytest.mark.parametrize("shape", [(9, 33), (9, 21), (20, 16), (70, 9), (20, 5), (20, 2)])
+def test_16bit_parameters(shape, dtype, adam):
+    net = Net(shape, 0, "ewn", torch.float32, {}, adam)
+    copy = torch.full(shape, math.nan, dtype=dtype)
     for _ in range(5):
-        G = (torch.randn(9, 33) * 0.1).to(dtype)
+        G = (torch.randn(shape) * 0.1).to(dtype)
         net.steps += 1
         net.optimizer.zero_grad()
         net.effective().backward(G.double())
@@ -214,15 +215,16 @@ def test_gradients_of_zero_and_gradients_whose_squares_are(adam, options, column
     net.assert_same(2e-6)
 
 
-def test_lost_rows_and_bad_gradients_stay_alone():
+@pytest.mark.parametrize("columns", [2, 5, 9, 16, 21, 40])
+def test_lost_rows_and_bad_gradients_stay_alone(columns):
     for adam in (False, True):
-        net, clean = (Net((5, 40), 0, "swn", torch.float32, {}, adam) for _ in range(2))
+        net, clean = (Net((5, columns), 0, "swn", torch.float32, {}, adam) for _ in range(2))
         for name in ("w", "radius", "norm"):
             getattr(clean, name).copy_(getattr(net, name))
         net.w[1] = 0
-        G = torch.randn(5, 40)
+        G = torch.randn(5, columns)
         bad = G.clone()
-        bad[3, 7] = math.nan
+        bad[3, columns - 1] = math.nan
         for n, gradient in ((net, bad), (clean, G)):
             n.steps = 1
             n.polar_step(gradient)
