@@ -328,7 +328,7 @@ WN_OUTLINE void solve_row(const F& formula, int64_t row, const double* gram, con
   formula.solve(row, gram, exponent != nullptr ? exponent : unscaled, sums, c, result);
 }
 
-// As redo_row of engine.cuh, by all threads of the block or cluster: element by element, in double, the inputs of the
+// As redo_row of redo.cuh, by all threads of the block or cluster: element by element, in double, the inputs of the
 // Gram matrix scaled by 2^-exponent. Everything is in shared memory, so that it takes few registers.
 template <class S> WN_DEVICE void redo_row(const BlockRows<S>& rows, int r) {
   using F = typename S::Formula;
