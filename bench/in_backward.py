@@ -1,8 +1,11 @@
 """A full training step of one Linear layer with SGD, where the step is taken inside the backward: time and peak memory,
-against the plain layer with torch's fused SGD; and a step under autocast, where the polar step writes the 16-bit weight.
+against the plain layer with torch's fused SGD, without and with momentum; and a step under autocast, where the polar step
+writes the 16-bit weight.
 
     python -m bench.in_backward [--device cuda]
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,35 +25,29 @@ MEMORY_WIDTH = 8192
 WARM_UP = 1e-2
 
 
-def fused(layer):
-    return torch.optim.SGD(layer.parameters(), lr=training.LR, fused=True)
-
-
-def inside(kind):
+def inside(kind, **options):
     def make(width, device):
         layer = nn.Sequential(nn.Linear(width, width, device=device))
         parameters = polar_groups(layer, kind) if kind else layer.parameters()
-        optimizer = PolarSGD(parameters, lr=training.LR, kind=kind)
+        optimizer = PolarSGD(parameters, lr=training.LR, kind=kind, **options)
         in_backward(layer, optimizer)
         return layer, optimizer
 
     return make
 
 
-def plain(width, device):
-    layer = nn.Linear(width, width, device=device)
-    return layer, fused(layer)
+def fused(layer_of, **options):
+    def make(width, device):
+        layer = layer_of(width, width).to(device)
+        return layer, torch.optim.SGD(layer.parameters(), lr=training.LR, fused=True, **options)
+
+    return make
 
 
-def parametrized(width, device):
-    layer = torch_swn(width, width).to(device)
-    return layer, fused(layer)
-
-
-def polar(**copies):
+def polar(momentum=0.0, **copies):
     def make(width, device):
         layer = nn.Sequential(nn.Linear(width, width, device=device))
-        optimizer = PolarSGD(polar_groups(layer), lr=training.LR)
+        optimizer = PolarSGD(polar_groups(layer), lr=training.LR, momentum=momentum)
         if copies:
             autocast_copy(layer, optimizer, **copies)
         return layer, optimizer
@@ -58,34 +55,49 @@ def polar(**copies):
     return make
 
 
-# name -> (maker of layer and optimizer, set_to_none)
-FLOAT32 = {
-    "plain": (plain, True),
-    "plain, set_to_none=False": (plain, False),
+class Case(NamedTuple):
+    """providers: name -> (maker of layer and optimizer, set_to_none). bytes: for each element of the weight in a step, each
+    read and each write counted."""
+
+    providers: dict
+    bytes: dict
+    autocast: str = ""
+    momentum: float | str = ""
+
+
+# As few bytes as can be: the weight for y, the weight for dx and the update, the weight written (plain: see bench.layers).
+FLOAT32 = Case({
+    "plain": (fused(nn.Linear), True),
+    "plain, set_to_none=False": (fused(nn.Linear), False),
     "plain, in backward": (inside(None), True),
-    "torch SWN": (parametrized, True),
+    "torch SWN": (fused(torch_swn), True),
     "PolarSGD": (polar(), True),
     "SWN, in backward": (inside("swn"), True),
     "EWN, in backward": (inside("ewn"), True),
-}
-BFLOAT16 = {
-    "plain": (plain, True),
+}, {"plain": 24, "plain, in backward": 12, "SWN, in backward": 12, "EWN, in backward": 12})
+BETA = 0.9
+MOMENTUM = Case({
+    "plain": (fused(nn.Linear, momentum=BETA), True),
+    "plain, in backward": (inside(None, momentum=BETA), True),
+    "torch SWN": (fused(torch_swn, momentum=BETA), True),
+    "PolarSGD": (polar(momentum=BETA), True),
+    "SWN, in backward": (inside("swn", momentum=BETA), True),
+    "EWN, in backward": (inside("ewn", momentum=BETA), True),
+}, {name: moved + 8 for name, moved in FLOAT32.bytes.items()}, momentum=BETA)
+# Bytes as each does it.
+BFLOAT16 = Case({
+    "plain": (fused(nn.Linear), True),
     "PolarSGD": (polar(), True),
     "PolarSGD, copy": (polar(dtype=torch.bfloat16), True),
     "PolarSGD, copy, low gradients": (polar(dtype=torch.bfloat16, low_gradients=True), True),
     "SWN, in backward": (inside("swn"), True),
-}
-# Bytes for each element of the weight in a step, each read and each write counted: in float32 as few as can be (the
-# weight for y, the weight for dx and the update, the weight written; plain: see bench.layers), under autocast as each
-# does it.
-FLOAT32_BYTES = {"plain": 24, "plain, in backward": 12, "SWN, in backward": 12, "EWN, in backward": 12}
-AUTOCAST_BYTES = {"plain": 30, "PolarSGD": 30, "PolarSGD, copy": 26, "PolarSGD, copy, low gradients": 18,
-                  "SWN, in backward": 22}
+}, {"plain": 30, "PolarSGD": 30, "PolarSGD, copy": 26, "PolarSGD, copy, low gradients": 18, "SWN, in backward": 22},
+    autocast="bf16")
 
 
-def parts(table, name, width, batch, device="cpu"):
+def parts(case, name, width, batch, device="cpu"):
     """(forward, optimizer, input, gradient of the output) and the options of `training.timed`."""
-    make, set_to_none = table[name]
+    make, set_to_none = case.providers[name]
     torch.manual_seed(0)
     layer, optimizer = make(width, device)
     x = torch.randn(batch, width, device=device, requires_grad=True)
@@ -95,7 +107,7 @@ def parts(table, name, width, batch, device="cpu"):
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             return layer(x)
 
-    forward, dy = (lowered, dy.bfloat16()) if table is BFLOAT16 else (layer, dy)
+    forward, dy = (lowered, dy.bfloat16()) if case.autocast else (layer, dy)
     return (forward, optimizer, x, dy), {"set_to_none": set_to_none}
 
 
@@ -104,13 +116,13 @@ def memory_of(name, width, batch, device):
     training.three_steps(*arguments, **options)
 
 
-def bytes_of(table, width, batch):
+def bytes_of(case, width, batch):
     """Of a run, roughly: each provider with a weight, its gradient, a temporary and what the step keeps of the batch."""
-    return 4 * len(table) * (4 * width * width + 6 * batch * width)
+    return 4 * len(case.providers) * (4 * width * width + 6 * batch * width)
 
 
-def run(table, width, batch, seconds, device="cpu", hide_launch=False):
-    made = {name: parts(table, name, width, batch, device) for name in table}
+def run(case, width, batch, seconds, device="cpu", hide_launch=False):
+    made = {name: parts(case, name, width, batch, device) for name in case.providers}
     training.in_the_same_memory(optimizer for (_, optimizer, _, _), _ in made.values())
     (_, _, x, dy), _ = made["plain"]  # all have the same values, and so the same memory
     calls = {name: training.timed("full", *layer_and_optimizer, x, dy, **options)
@@ -121,11 +133,10 @@ def run(table, width, batch, seconds, device="cpu", hide_launch=False):
     times = harness.measure(calls, device=device, seconds=seconds, warm_up=WARM_UP, hide_launch=hide_launch)
     rows = []
     for name in calls:
-        row = {"width": width, "batch": batch, "autocast": "bf16" if table is BFLOAT16 else "", "provider": name}
-        bases = {"plain": "plain"} | ({"trick": "plain, in backward"} if table is FLOAT32 else {})
+        row = {"width": width, "batch": batch, "autocast": case.autocast, "momentum": case.momentum, "provider": name}
+        bases = {"plain": "plain"} | ({"trick": "plain, in backward"} if "plain, in backward" in calls else {})
         row |= harness.summary(times, name, bases)
-        moved = AUTOCAST_BYTES.get(name) if table is BFLOAT16 else FLOAT32_BYTES.get(name)
-        if moved:
+        if moved := case.bytes.get(name):
             row["bytes_per_element"] = moved
             if "copy" in calls:
                 row["percent_of_copy"] = 100 * moved / 8 / harness.ratio(times[name], times["copy"])[0]
@@ -135,7 +146,7 @@ def run(table, width, batch, seconds, device="cpu", hide_launch=False):
 
 def missed(rows):
     for r in rows:
-        if "WN, in backward" not in r["provider"] or r["autocast"]:
+        if "WN, in backward" not in r["provider"] or r["autocast"] or r["momentum"]:
             continue
         bounds = {"plain": BOUND_PLAIN.get((r["width"], r["batch"])),
                   "trick": BOUND_TRICK if (r["width"], r["batch"]) in BOUND_PLAIN else None}
@@ -151,6 +162,7 @@ def main(arguments=None):
     parser.add_argument("--widths", type=int, nargs="+", default=(4096, 1024))
     parser.add_argument("--batches", type=int, nargs="+", default=(16, 128, 512))
     parser.add_argument("--autocast-batches", type=int, nargs="*", default=(16, 128))
+    parser.add_argument("--momentum-batches", type=int, nargs="*", default=(16, 128))
     parser.add_argument("--memory-width", type=int, default=MEMORY_WIDTH, help="0: skip the peak memory")
     parser.add_argument("--hide-launch", action="store_true", help="CUDA: the time of the device alone, as in a CUDA graph")
     parser.add_argument("--name", default="in_backward", help="of the CSV file")
@@ -158,24 +170,25 @@ def main(arguments=None):
     facts, folder = harness.begin(options)
     rows = []
     points = [(FLOAT32, w, b) for w in options.widths for b in options.batches]
+    points += [(MOMENTUM, w, b) for w in options.widths for b in options.momentum_batches]
     points += [(BFLOAT16, max(options.widths), b) for b in options.autocast_batches]
     with harness.Progress(len(points) + 1, "in_backward") as progress:
-        for table, width, batch in points:
+        for case, width, batch in points:
             label = f"width {width}, batch {batch}"
-            if harness.fits(bytes_of(table, width, batch), options.device, label):
-                rows += run(table, width, batch, options.seconds, options.device, options.hide_launch)
+            if harness.fits(bytes_of(case, width, batch), options.device, label):
+                rows += run(case, width, batch, options.seconds, options.device, options.hide_launch)
             progress.step(label)
         if options.memory_width:
             names = ("plain", "plain, in backward", "SWN, in backward")
             peaks = {name: harness.peak_memory(memory_of, name, options.memory_width, 16, options.device, device=options.device)
                      for name in names}
             for name, peak in peaks.items():
-                rows.append({"width": options.memory_width, "batch": 16, "autocast": "", "provider": name,
+                rows.append({"width": options.memory_width, "batch": 16, "autocast": "", "momentum": "", "provider": name,
                              "peak_bytes": peak, "memory_ratio": peak / peaks["plain"]})
         progress.step("memory")
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
-    print(harness.table(["width", "batch", "autocast", "provider", "ms", "vs plain", "vs plain in backward", "peak MB"], [[
-        r["width"], r["batch"], r["autocast"], r["provider"], f"{r['ms']:.3f}" if "ms" in r else "",
+    print(harness.table(["width", "batch", "autocast", "momentum", "provider", "ms", "vs plain", "vs plain in backward", "peak MB"], [[
+        r["width"], r["batch"], r["autocast"], r["momentum"], r["provider"], f"{r['ms']:.3f}" if "ms" in r else "",
         harness.interval(r, "plain") if "ratio_plain" in r else f"{r['memory_ratio']:.2f}",
         harness.interval(r, "trick") if "ratio_trick" in r else "",
         f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "",

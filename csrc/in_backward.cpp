@@ -26,6 +26,7 @@ namespace {
 using in_backward::Arguments;
 
 enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBiasWeightDecay, kNumbers };
+enum : size_t { kMomentum = kNumbers, kGradientWeight, kBiasMomentum, kBiasGradientWeight, kMomentumNumbers };
 
 // Rows of one tile are worked on together, element by element.
 constexpr int kTile = 16;
@@ -159,6 +160,7 @@ template <class T> struct Prepare {
   T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
   bool turned;  // whether these are (rows, batch)
   T* kept;      // by what u is multiplied before e^T x is added
+  T *of_u, *mu; // with momentum
   Unfinished* unfinished;
 
   // At a time, in short loops: each is vectorized, where a single one would be a chain of divisions and roots for each row.
@@ -167,16 +169,18 @@ template <class T> struct Prepare {
   WN_INLINE void operator()(int64_t from, int64_t count) const {
     double sum[kRows], inner[kRows], square[kRows];
     cpu::LinearSums<T>{dy, z, gram, batch, rows, sum, inner, square}.run(from, from + count);
-    if (bias)
-      for (int64_t j = 0; j < count; ++j)
-        bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
+    if (bias) step_bias(from, count, sum);
     T old_scale[kRows], factor[kRows];
     for (int64_t j = 0; j < count; ++j) old_scale[j] = a.polar ? scale[from + j] : T(1);
-    if (a.polar) {
+    const auto fill = [&](T* rows_of, double value) { std::fill_n(rows_of + from, count, static_cast<T>(value)); };
+    if (a.polar && a.momentum) {
+      step_with_momentum(from, count, inner, factor);
+    } else if (a.polar) {
       step(from, count, inner, gram ? square : nullptr, factor);
     } else {
-      std::fill(factor, factor + count, static_cast<T>(-a.sign * a.state.lr));
-      std::fill(kept + from, kept + from + count, static_cast<T>(1 - a.state.lr * a.state.weight_decay));
+      std::fill_n(factor, count, static_cast<T>(a.momentum ? a.sign : -a.sign * a.state.lr));
+      fill(kept, a.momentum ? 1 : 1 - a.state.lr * a.state.weight_decay);
+      if (a.momentum) fill(of_u, a.state.weight_decay), fill(mu, a.momentum->mu);
     }
     if (turned) {
       cpu::LinearFactors<T>{dy, old_scale, factor, of_x, of_weight, batch, rows}.run(from, from + count);
@@ -188,6 +192,18 @@ template <class T> struct Prepare {
     };
     write(of_x, old_scale);
     write(of_weight, factor);
+  }
+
+  WN_INLINE void step_bias(int64_t from, int64_t count, const double* sum) const {
+    T* const buffer = a.of_bias ? a.bias_buffer.mutable_data_ptr<T>() : nullptr;
+    for (int64_t row = from; row < from + count; ++row) {
+      double direction = a.sign * sum[row - from] + a.bias_weight_decay * bias[row];
+      if (buffer) {
+        const Momentum::Step step = a.of_bias->of(direction, buffer[row]);
+        direction = step.direction, buffer[row] = static_cast<T>(step.buffer);
+      }
+      bias[row] -= static_cast<T>(a.bias_lr * direction);
+    }
   }
 
   WN_INLINE void signed_radii(int64_t from, int64_t count, double* s) const {
@@ -250,25 +266,43 @@ template <class T> struct Prepare {
     std::copy(norm, norm + count, state.norm + from);
     std::copy(new_scale, new_scale + count, scale + from);
   }
+
+  WN_INLINE void step_with_momentum(int64_t from, int64_t count, const double* inner, T* factor) const {
+    const RowState state = a.state;
+    const Momentum momentum = *a.momentum;
+    double s[kRows], radius[kRows];
+    signed_radii(from, count, s);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t row = from + j;
+      const Row old{state.rho[row], state.norm[row], state.radius[row], s[j]};
+      const MomentumStep step = MomentumStep::of(state, momentum, old, a.sign * inner[j], a.radius_buffer[row]);
+      a.radius_buffer[row] = step.radius_buffer;
+      radius[j] = step.radius;
+      factor[j] = static_cast<T>(a.sign * step.factor);
+      kept[row] = static_cast<T>(step.rho), of_u[row] = static_cast<T>(step.of_u), mu[row] = static_cast<T>(step.mu);
+    }
+    std::copy(radius, radius + count, state.radius + from);
+  }
 };
 
 template <class T> WN_MULTIVERSION void prepare(const Prepare<T>& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row += p.kRows) p(row, std::min<int64_t>(p.kRows, last - row));
 }
 
-// The length of u' is measured here where squares are null, or one has lost bits.
-template <class T> void finish(const Arguments& a, const std::vector<Unfinished::Row>& unfinished, const double* squares) {
-  const auto usable = [&](const Unfinished::Row& r) {
-    return safe_square(static_cast<T>(squares[r.row])) || a.state.rho[r.row] == 0;
-  };
-  const bool known = squares != nullptr && std::all_of(unfinished.begin(), unfinished.end(), usable);
+// finish(i, row, |u'|) gives the scale of a row, for i < count and row = row_of(i). The length of u' is measured here where
+// squares are null, or one has lost bits.
+template <class T, class RowOf, class Finish>
+void finish_rows(const Arguments& a, int64_t count, const double* squares, const RowOf& row_of, const Finish& finish) {
+  bool known = squares != nullptr;
+  for (int64_t i = 0; known && i < count; ++i)
+    known = safe_square(static_cast<T>(squares[row_of(i)])) || a.state.rho[row_of(i)] == 0;
   const Tensor length = known ? Tensor() : op::row_norm(a.weight, 0).to(at::kDouble);
   const double* const lengths = known ? nullptr : length.const_data_ptr<double>();
   T* const scale = a.scale.mutable_data_ptr<T>();
-  at::parallel_for(0, unfinished.size(), 512, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, 512, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const auto& [row, step] = unfinished[i];
-      scale[row] = static_cast<T>(step.finish(a.state, row, known ? std::sqrt(squares[row]) : lengths[row]));
+      const int64_t row = row_of(i);
+      scale[row] = static_cast<T>(finish(i, row, known ? std::sqrt(squares[row]) : lengths[row]));
     }
   });
 }
@@ -281,8 +315,8 @@ template <class T> Tensor run(const Arguments& a) {
   const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
   const std::unique_ptr<double[]> squares(small && (a.measure || a.refresh) ? new double[rows] : nullptr);
   Unfinished unfinished;
-  if (a.measure || a.refresh) unfinished.rows.reserve(rows);
-  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept;
+  if ((a.measure || a.refresh) && !a.momentum) unfinished.rows.reserve(rows);
+  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept, of_momentum;
   if (a.polar && !a.measure) {
     gram = at::empty({batch, batch}, a.x.options());
     cpu::LinearGram<T>{x, data(gram), batch, width}.run();
@@ -293,14 +327,23 @@ template <class T> Tensor run(const Arguments& a) {
   }
   if (small || a.polar || a.bias.defined()) {
     kept = at::empty({rows}, a.x.options());
+    if (a.momentum) of_momentum = at::empty({2, rows}, a.x.options());
+    T* const of_u = data(of_momentum);
     const Prepare<T> job{a, rows, batch, dy, z, data(gram), data(a.scale), data(a.bias), data(of_x), data(of_weight),
-                         small, data(kept), &unfinished};
+                         small, data(kept), of_u, of_u ? of_u + rows : nullptr, &unfinished};
     for_parts(rows, batch, [&](int64_t first, int64_t last) { prepare(job, first, last); });
   }
   if (small) {
-    T* const u = data(a.weight);
-    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), squares.get(), batch,
-                       rows, width}.run();
+    T *const u = data(a.weight), *const of_u = data(of_momentum);
+    cpu::LinearMomentum<T> momentum{};
+    if (a.momentum) {
+      const double lr = a.state.lr, mu = a.momentum->mu;
+      momentum = {data(a.buffer), of_u, of_u + rows, static_cast<T>(a.momentum->weight),
+                  static_cast<T>(lr * a.momentum->of_gradient),
+                  static_cast<T>(mu == 0 ? 0 : lr * a.momentum->of_buffer / mu)};
+    }
+    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), squares.get(), batch, rows, width,
+                       a.momentum ? &momentum : nullptr}.run();
   } else {
     if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
     for (int64_t u = 0; u < rows && a.polar; ++u)
@@ -310,15 +353,35 @@ template <class T> Tensor run(const Arguments& a) {
     else
       a.weight.addmm_(a.dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
   }
-  if (!unfinished.rows.empty()) finish<T>(a, unfinished.rows, squares.get());
+  const auto& list = unfinished.rows;
+  if (a.polar && a.momentum)
+    finish_rows<T>(a, rows, squares.get(), [](int64_t row) { return row; }, [&](int64_t, int64_t row, double length) {
+      return MomentumStep::finish(a.state, row, length);
+    });
+  else if (!list.empty())
+    finish_rows<T>(a, list.size(), squares.get(), [&](int64_t i) { return list[i].row; },
+                   [&](int64_t i, int64_t row, double length) { return list[i].step.finish(a.state, row, length); });
   return dx;
 }
 
-Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
-                        const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
-                        const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& telemetry, string_view kind,
-                        at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x) {
+void check_state(const char* name, const std::optional<Tensor>& t, const Tensor& weight, bool given, int64_t columns) {
+  const int64_t rows = weight.size(0);
+  TORCH_CHECK_VALUE(t.has_value() == given, name, " must be given with scale, and only then");
+  if (!t) return;
+  check_device(name, *t, weight);
+  TORCH_CHECK_TYPE(t->scalar_type() == at::kDouble, name, " must be float64, got ", t->scalar_type());
+  TORCH_CHECK_VALUE(t->is_contiguous() && t->numel() == rows * columns, name, " must be contiguous with ",
+                    rows * columns, " elements for a weight of ", rows, " rows, got shape ", t->sizes());
+}
+
+double* pointer(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr<double>() : nullptr; }
+
+// What both steps are given, checked; z is made where it was not.
+Arguments arguments_of(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                       const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                       const std::optional<Tensor>& bias, string_view kind, at::ArrayRef<double> numbers, size_t count,
+                       bool maximize, bool keep_norm, bool need_x) {
   check_layer(x, weight, scale, bias);
   const int64_t rows = weight.size(0), batch = batch_of(x);
   check_device("grad", grad, weight);
@@ -326,21 +389,11 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
                    weight.scalar_type(), ", got ", grad.scalar_type());
   TORCH_CHECK_VALUE(grad.dim() >= 1 && grad.size(-1) == rows && batch_of(grad) == batch, "grad must have shape (..., ",
                     rows, ") with the batch of x ", x.sizes(), ", got ", grad.sizes());
-  TORCH_CHECK_VALUE(numbers.size() == kNumbers, "numbers must have ", static_cast<size_t>(kNumbers), " entries, got ",
-                    numbers.size());
+  TORCH_CHECK_VALUE(numbers.size() == count, "numbers must have ", count, " entries, got ", numbers.size());
   const bool polar = scale.has_value();
-  const auto check_state = [&](const char* name, const std::optional<Tensor>& t, int64_t columns) {
-    TORCH_CHECK_VALUE(t.has_value() == polar || (columns > 1 && !t), name, " must be given with scale, and only then");
-    if (!t) return;
-    check_device(name, *t, weight);
-    TORCH_CHECK_TYPE(t->scalar_type() == at::kDouble, name, " must be float64, got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->is_contiguous() && t->numel() == rows * columns, name, " must be contiguous with ",
-                      rows * columns, " elements for a weight of ", rows, " rows, got shape ", t->sizes());
-  };
-  check_state("rho", rho, 1);
-  check_state("radius", radius, 1);
-  check_state("norm", norm, 1);
-  check_state("telemetry", telemetry, 4);
+  check_state("rho", rho, weight, polar, 1);
+  check_state("radius", radius, weight, polar, 1);
+  check_state("norm", norm, weight, polar, 1);
   if (z) {
     check_device("z", *z, weight);
     TORCH_CHECK_VALUE(z->dim() == 2 && z->size(0) == batch && z->size(1) == rows && z->is_contiguous() &&
@@ -349,27 +402,80 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
                       z->scalar_type(), " of ", z->sizes());
   }
   const Kind k = !polar || kind == "swn" ? Kind::swn : kind == "unit" ? Kind::unit : parse_kind(kind);
+  Arguments a{};
+  a.dy = as_matrix(grad), a.x = as_matrix(x), a.weight = weight;
+  a.scale = scale.value_or(Tensor()), a.bias = bias.value_or(Tensor());
+  a.state = {pointer(rho), pointer(radius), pointer(norm), nullptr, k, keep_norm, weight.size(1) == 1, numbers[kLr],
+             numbers[kRadiusLr], numbers[kWeightDecay], numbers[kRadiusWeightDecay]};
+  a.bias_lr = numbers[kBiasLr], a.bias_weight_decay = numbers[kBiasWeightDecay];
+  a.sign = maximize ? -1 : 1;
+  a.polar = polar, a.need_x = need_x;
+  return a;
+}
 
+// The step of checked arguments; `written` are the tensors that it writes.
+Tensor take_step(Arguments& a, const std::optional<Tensor>& z, const Tensor& x,
+                 std::initializer_list<std::optional<Tensor>> written) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto pointer = [](const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr<double>() : nullptr; };
-  Arguments a{as_matrix(grad), as_matrix(x), {}, weight, scale.value_or(Tensor()), bias.value_or(Tensor()), {}, numbers[kBiasLr],
-              numbers[kBiasWeightDecay], maximize ? -1.0 : 1.0, polar, need_x, false, refresh};
-  a.state = {pointer(rho), pointer(radius), pointer(norm), pointer(telemetry), k, keep_norm, weight.size(1) == 1,
-             numbers[kLr], numbers[kRadiusLr], numbers[kWeightDecay], numbers[kRadiusWeightDecay]};
-  const bool by_product = weight.is_cpu() && cpu::small_products(batch);
-  a.measure = polar && !telemetry && !gram_is_cheaper(batch, rows, weight.size(1), by_product);
-  if (polar) a.z = z ? *z : at::mm(a.x, weight.t());
+  if (a.polar) a.z = z ? *z : at::mm(a.x, a.weight.t());
   Tensor dx;
 #if defined(WN_WITH_CUDA)
-  if (weight.is_cuda()) dx = in_backward::cuda::run(a);
+  if (a.weight.is_cuda()) dx = in_backward::cuda::run(a);
 #endif
-  if (weight.is_cpu())
-    AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "in_backward_sgd_", [&] { dx = run<scalar_t>(a); });
-  weight.unsafeGetTensorImpl()->bump_version();
-  for (const auto& t : {scale, rho, radius, norm, bias, telemetry})
+  if (a.weight.is_cpu())
+    AT_DISPATCH_FLOATING_TYPES(a.weight.scalar_type(), "in_backward", [&] { dx = run<scalar_t>(a); });
+  for (const auto& t : written)
     if (t) t->unsafeGetTensorImpl()->bump_version();
-  return need_x ? dx.view(x.sizes()) : at::empty({0}, x.options());
+  return a.need_x ? dx.view(x.sizes()) : at::empty({0}, x.options());
+}
+
+Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                        const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                        const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& telemetry, string_view kind,
+                        at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x) {
+  Arguments a = arguments_of(grad, x, z, weight, scale, rho, radius, norm, bias, kind, numbers, kNumbers, maximize,
+                             keep_norm, need_x);
+  check_state("telemetry", telemetry, weight, a.polar && telemetry, 4);
+  a.state.telemetry = pointer(telemetry);
+  a.refresh = refresh;
+  const int64_t batch = a.x.size(0);
+  const bool by_product = weight.is_cpu() && cpu::small_products(batch);
+  a.measure = a.polar && !telemetry && !gram_is_cheaper(batch, weight.size(0), weight.size(1), by_product);
+  return take_step(a, z, x, {weight, scale, rho, radius, norm, bias, telemetry});
+}
+
+Tensor in_backward_momentum_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                             const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                             const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                             const std::optional<Tensor>& bias, const Tensor& buffer,
+                             const std::optional<Tensor>& radius_buffer, const std::optional<Tensor>& bias_buffer,
+                             string_view kind, at::ArrayRef<double> numbers, bool nesterov, bool maximize,
+                             bool keep_norm, bool need_x) {
+  Arguments a = arguments_of(grad, x, z, weight, scale, rho, radius, norm, bias, kind, numbers, kMomentumNumbers, maximize,
+                             keep_norm, need_x);
+  TORCH_CHECK_VALUE(weight.is_cpu() && cpu::small_products(a.x.size(0)), "momentum goes by the products for batches of 1 to "
+                    "512 on a CPU, got a batch of ", a.x.size(0), " on ", weight.device());
+  const auto check_like = [](const char* name, const Tensor& t, const Tensor& like) {
+    check_device(name, t, like);
+    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), ", got ",
+                     t.scalar_type());
+    TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.is_contiguous(), name, " must be contiguous of shape ", like.sizes(),
+                      ", got ", t.sizes(), " with strides ", t.strides());
+  };
+  check_like("momentum_buffer", buffer, weight);
+  check_state("radius_momentum_buffer", radius_buffer, weight, a.polar, 1);
+  TORCH_CHECK_VALUE(bias || !bias_buffer, "bias_momentum_buffer must be given with bias alone");
+  if (bias_buffer) check_like("bias_momentum_buffer", *bias_buffer, *bias);
+  a.momentum = Momentum(numbers[kMomentum], numbers[kGradientWeight], nesterov);
+  a.buffer = buffer, a.radius_buffer = pointer(radius_buffer);
+  if (bias_buffer) {
+    a.of_bias = Momentum(numbers[kBiasMomentum], numbers[kBiasGradientWeight], nesterov);
+    a.bias_buffer = *bias_buffer;
+  }
+  a.measure = a.polar;
+  return take_step(a, z, x, {weight, scale, rho, radius, norm, bias, buffer, radius_buffer, bias_buffer});
 }
 
 std::tuple<Tensor, Tensor> in_backward_linear_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&,
@@ -389,6 +495,14 @@ Tensor in_backward_sgd_meta(const Tensor&, const Tensor& x, const std::optional<
   return need_x ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
 }
 
+Tensor in_backward_momentum_meta(const Tensor&, const Tensor& x, const std::optional<Tensor>&, const Tensor&,
+                                 const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                 const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+                                 const std::optional<Tensor>&, const std::optional<Tensor>&, string_view,
+                                 at::ArrayRef<double>, bool, bool, bool, bool need_x) {
+  return need_x ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
@@ -397,11 +511,16 @@ TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
   m.def("in_backward_sgd_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
         "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!)? telemetry, str kind, float[] numbers, "
         "bool maximize, bool keep_norm, bool refresh, bool need_x) -> Tensor");
+  m.def("in_backward_momentum_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
+        "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!) momentum_buffer, "
+        "Tensor(h!)? radius_momentum_buffer, Tensor(i!)? bias_momentum_buffer, str kind, float[] numbers, bool nesterov, "
+        "bool maximize, bool keep_norm, bool need_x) -> Tensor");
 }
 
 static void register_in_backward(torch::Library& m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
+  m.impl("in_backward_momentum_", TORCH_FN(in_backward_momentum_));
 }
 
 TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_in_backward(m); }
@@ -411,10 +530,12 @@ TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_in_backward(m); }
 TORCH_LIBRARY_IMPL(wnkernels, Autograd, m) {  // the Python function around them records
   m.impl("in_backward_linear", torch::CppFunction::makeFallthrough());
   m.impl("in_backward_sgd_", torch::CppFunction::makeFallthrough());
+  m.impl("in_backward_momentum_", torch::CppFunction::makeFallthrough());
 }
 TORCH_LIBRARY_IMPL(wnkernels, Meta, m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear_meta));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_meta));
+  m.impl("in_backward_momentum_", TORCH_FN(in_backward_momentum_meta));
 }
 
 namespace op {
@@ -435,6 +556,19 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
                                  .typed<decltype(op::in_backward_sgd_)>();
   return handle.call(grad, x, z, weight, scale, rho, radius, norm, bias, telemetry, kind, numbers, maximize, keep_norm,
                      refresh, need_x);
+}
+Tensor in_backward_momentum_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                             const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                             const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                             const std::optional<Tensor>& bias, const Tensor& momentum_buffer,
+                             const std::optional<Tensor>& radius_momentum_buffer,
+                             const std::optional<Tensor>& bias_momentum_buffer, string_view kind,
+                             at::ArrayRef<double> numbers, bool nesterov, bool maximize, bool keep_norm, bool need_x) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("wnkernels::in_backward_momentum_", "")
+                                 .typed<decltype(op::in_backward_momentum_)>();
+  return handle.call(grad, x, z, weight, scale, rho, radius, norm, bias, momentum_buffer, radius_momentum_buffer,
+                     bias_momentum_buffer, kind, numbers, nesterov, maximize, keep_norm, need_x);
 }
 }  // namespace op
 }  // namespace wn

@@ -85,6 +85,15 @@ at::Tensor in_backward_sgd_(const at::Tensor& grad, const at::Tensor& x, const s
                             const std::optional<at::Tensor>& norm, const std::optional<at::Tensor>& bias,
                             const std::optional<at::Tensor>& telemetry, string_view kind,
                             at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x);
+at::Tensor in_backward_momentum_(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& z,
+                                 const at::Tensor& weight, const std::optional<at::Tensor>& scale,
+                                 const std::optional<at::Tensor>& rho, const std::optional<at::Tensor>& radius,
+                                 const std::optional<at::Tensor>& norm, const std::optional<at::Tensor>& bias,
+                                 const at::Tensor& momentum_buffer,
+                                 const std::optional<at::Tensor>& radius_momentum_buffer,
+                                 const std::optional<at::Tensor>& bias_momentum_buffer, string_view kind,
+                                 at::ArrayRef<double> numbers, bool nesterov, bool maximize, bool keep_norm,
+                                 bool need_x);
 }  // namespace op
 
 // The same mathematics in at:: operations: differentiable to any order, in any mode and transform.

@@ -20,6 +20,11 @@ OPTIONS = [
     dict(lr=0.2, radius_weight_decay=0.05, radius_lr_ratio=2.0),
     dict(lr=0.2, retraction="renormalize"),
     dict(lr=0.005, maximize=True),
+    dict(lr=0.05, momentum=0.9),
+    dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.02, radius_weight_decay=0.05),
+    dict(lr=0.1, momentum=0.7, dampening=0.4, radius_lr_ratio=0.3),
+    dict(lr=0.05, momentum=0.8, retraction="renormalize"),
+    dict(lr=0.002, momentum=0.5, maximize=True, weight_decay=0.1),
 ]
 
 
@@ -77,7 +82,8 @@ def test_five_hundred_steps_are_those_of_the_optimizer(kind, options):
     assert distance(plain[0], inside[0]) < 1e-10
     for p, q in zip(*(m.parameters() for m in (plain[0], inside[0]))):
         for name, value in plain[1].state.get(p, {}).items():
-            torch.testing.assert_close(value, inside[1].state[q][name], rtol=1e-10, atol=0)
+            least = 1e-10 * value.abs().max().item() if "momentum" in name else 0
+            torch.testing.assert_close(value, inside[1].state[q][name], rtol=1e-10, atol=least)
 
 
 @pytest.mark.parametrize("kind", ["swn", "ewn"])
@@ -99,11 +105,12 @@ def test_the_scale_is_folded_back_many_times(kind):
 @pytest.mark.parametrize("batch", [1, 3, 40, 600])  # |G|^2 by the Gram matrix or the new rows; own products, or not
 @pytest.mark.parametrize("width", [(11, 17), (520, 600)])
 @pytest.mark.parametrize("kind", ["ewn", None])
-def test_every_path_of_the_product(batch, width, kind):
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_every_path_of_the_product(batch, width, kind, momentum):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        plain, inside, _ = twins(mlp(*width, 5), kind, lr=0.3 if kind else 0.01)
+        plain, inside, _ = twins(mlp(*width, 5), kind, lr=0.3 if kind else 0.01, momentum=momentum)
         for _ in range(12):
             x, y = batch_for(plain[0], batch)
             dx = []
@@ -164,12 +171,82 @@ def test_the_length_of_rows_is_measured_now_and_then(monkeypatch):
     assert distance(plain[0], inside[0]) < 1e-12
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch, rows, width", [
+    (1, 1, 1), (7, 1, 64), (2, 64, 1), (16, 33, 100), (33, 70, 65), (31, 16, 1057), (300, 21, 90),
+])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_products_with_momentum_of_any_size(threads, dtype, batch, rows, width, nesterov):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, dy = torch.randn(batch, width, dtype=dtype), torch.randn(batch, rows, dtype=dtype)
+        u, m, bias, bias_m = (torch.randn(size, dtype=dtype) for size in ((rows, width), (rows, width), (rows,), (rows,)))
+        old = [t.to(torch.float64, copy=True) for t in (u, m, bias, bias_m)]
+        numbers = [0.1, 0.0, 0.3, 0.0, 0.2, 0.5, 0.9, 0.6, 0.8, 1.0]
+        dx = _C.in_backward_momentum_(dy, x, None, u, None, None, None, None, bias, m, None, bias_m, "swn", numbers,
+                                      nesterov, True, False, True)
+    finally:
+        torch.set_num_threads(before)
+    x, dy = x.double(), dy.double()
+
+    def expected(p, m, grad, lr, decay, momentum, weight):
+        grad = decay * p - grad
+        m_new = momentum * m + weight * grad
+        return p - lr * (grad + momentum * m_new if nesterov else m_new), m_new
+
+    u_size, m_size = old[0].abs() + dy.t().abs() @ x.abs() + old[1].abs(), old[1].abs() + dy.t().abs() @ x.abs() + old[0].abs()
+    u_new, m_new = expected(*old[:2], dy.t() @ x, 0.1, 0.3, 0.9, 0.6)
+    bias_new, bias_m_new = expected(*old[2:], dy.sum(0), 0.2, 0.5, 0.8, 1.0)
+    bias_size = old[2].abs() + dy.abs().sum(0) + old[3].abs()
+    for got, exact, size in ((u, u_new, u_size), (m, m_new, m_size), (bias, bias_new, bias_size),
+                             (bias_m, bias_m_new, bias_size), (dx, dy @ old[0], dy.abs() @ old[0].abs())):
+        assert ((got - exact).abs() <= 20 * torch.finfo(dtype).eps * size).all()
+
+
+def test_no_gradient_of_a_weight_with_momentum():
+    seen = []
+    plain, inside, _ = twins(mlp(5, 6, 2), "swn", momentum=0.9)
+    for p in inside[0].parameters():
+        p.register_hook(seen.append)
+    for _ in range(3):
+        x, y = batch_for(plain[0], 4)
+        step(*plain, x, y)
+        step(*inside, x, y)
+    assert seen and all(grad is None for grad in seen)
+    assert distance(plain[0], inside[0]) < 1e-13
+    for p, q in zip(plain[0].parameters(), inside[0].parameters()):
+        assert plain[1].state[p].keys() == inside[1].state[q].keys()
+
+
+@pytest.mark.parametrize("of_bias", [dict(momentum=0.0), dict(momentum=0.5), dict(momentum=0.5, nesterov=True)], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_bias_with_a_momentum_of_its_own(of_bias, momentum):
+    def made(model):
+        options = {"momentum": momentum, "kind": "swn"}
+        return PolarSGD([{"params": [m.weight for m in model if hasattr(m, "weight")], **options},
+                         {"params": [m.bias for m in model if hasattr(m, "bias")], "kind": None, **of_bias}], lr=0.1)
+
+    model = mlp(5, 6, 2)
+    other = copy.deepcopy(model)
+    plain, inside = (model, made(model)), (other, made(other))
+    in_backward(*inside)
+    for _ in range(20):
+        x, y = batch_for(model, 4)
+        step(*plain, x, y)
+        step(*inside, x, y)
+    assert distance(model, other) < 1e-13
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [3, 16])  # |G|^2 by the Gram matrix, or the new rows
-def test_float32_drifts_no_more_than_the_optimizer_does(dtype, batch):
-    exact, _, _ = twins(mlp(40, 50, 10), "swn", lr=0.3)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_float32_drifts_no_more_than_the_optimizer_does(dtype, batch, momentum):
+    options = dict(lr=0.03 if momentum else 0.3, momentum=momentum)
+    exact, _, _ = twins(mlp(40, 50, 10), "swn", **options)
     model = copy.deepcopy(exact[0]).to(dtype)
-    plain, inside, _ = twins(model, "swn", lr=0.3)
+    plain, inside, _ = twins(model, "swn", **options)
     for _ in range(300):
         x, y = batch_for(exact[0], batch)
         step(*exact, x, y)
@@ -271,7 +348,7 @@ def test_rates_are_read_in_the_backward():
         for (model, optimizer), scheduler in zip((plain, inside), schedulers):
             loss = F.mse_loss(model(x), y)
             optimizer.param_groups[0]["weight_decay"] = 0.01 * i  # between forward and backward
-            optimizer.param_groups[0]["momentum"] = 0.5 * (i > 15)  # from then on by the gradient
+            optimizer.param_groups[0]["momentum"] = 0.5 * (i > 12) * (i != 16)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -290,8 +367,9 @@ def test_rates_for_each_row_go_by_the_gradient():
 
 
 @pytest.mark.parametrize("batch", [4, 60])
-def test_telemetry(batch):
-    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.2, weight_decay=0.1, telemetry=True)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_telemetry(batch, momentum):
+    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.2, weight_decay=0.1, telemetry=True, momentum=momentum)
     for _ in range(10):
         x, y = batch_for(plain[0], batch)
         step(*plain, x, y)
@@ -357,6 +435,36 @@ def test_one_step_from_any_state(kind, size, batch):
     assert ((rho.abs() >= 0.5) & (rho.abs() <= 2)).all()
 
 
+@pytest.mark.parametrize("kind", ["swn", "ewn", "unit"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("options", [dict(momentum=0.9), dict(momentum=0.9, nesterov=True), dict(momentum=0.5, dampening=1.0)],
+                         ids=str)
+def test_one_step_with_momentum_from_any_state(kind, size, options):
+    rows, width, batch = 20, 9, 7
+    u, radius, norm = torch.randn(rows, width).double(), torch.randn(rows).double(), torch.rand(rows).double() + 0.5
+    rho = norm / u.norm(dim=1) * torch.randn(rows).sign()
+    m, radius_m = torch.randn(rows, width).double(), torch.randn(rows).double()
+    x, dy = torch.randn(batch, width).double(), size * torch.randn(batch, rows).double()
+    s = radius.exp() if kind == "ewn" else radius
+    w, radius_lr = (s * rho / norm).unsqueeze(1) * u, 0.1 / size**2
+    expected = reference.polar_sgd_step(
+        w, dy.t() @ x, radius, norm, {"momentum_buffer": m.clone(), "radius_momentum_buffer": radius_m.clone()}, kind=kind,
+        lr=0.3, radius_lr=radius_lr, weight_decay=0.2, radius_weight_decay=0.05, **options)
+    numbers = [0.3, radius_lr, 0.2, 0.05, 0.0, 0.0, options["momentum"], 1 - options.get("dampening", 0.0), 0.0, 1.0]
+    scale = s * rho / norm
+    dx = _C.in_backward_momentum_(dy, x, None, u, scale, rho, radius, norm, None, m, radius_m, None, kind, numbers,
+                                  options.get("nesterov", False), False, False, True)
+    torch.testing.assert_close(dx, dy @ w, rtol=1e-12, atol=1e-12 * size)
+    close = dict(rtol=1e-9, atol=1e-11 * size)
+    torch.testing.assert_close(scale.unsqueeze(1) * u, expected.weight, **close)
+    torch.testing.assert_close(m, expected.state["momentum_buffer"], **close)
+    for got, name in ((radius, "radius"), (norm, "norm")):
+        torch.testing.assert_close(got, getattr(expected, name), **close)
+    torch.testing.assert_close(rho * u.norm(dim=1), norm, rtol=1e-12, atol=0)
+    if kind != "unit":
+        torch.testing.assert_close(radius_m, expected.state["radius_momentum_buffer"], **close)
+
+
 def test_a_batch_of_none_only_decays():
     u, norm = torch.randn(3, 4).double(), torch.ones(3).double()
     state = one_step("swn", u, norm / u.norm(dim=1), norm, norm, torch.randn(0, 3).double(), torch.randn(0, 4).double(),
@@ -365,8 +473,9 @@ def test_a_batch_of_none_only_decays():
     torch.testing.assert_close(state[4], torch.full((3,), 0.9).double())
 
 
-def test_one_column_has_nothing_to_turn():
-    plain, inside, _ = twins(mlp(1, 5, 2), "swn", lr=0.3)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_one_column_has_nothing_to_turn(momentum):
+    plain, inside, _ = twins(mlp(1, 5, 2), "swn", lr=0.1, momentum=momentum)
     for _ in range(20):
         x, y = batch_for(plain[0], 3)
         step(*plain, x, y)
@@ -375,10 +484,11 @@ def test_one_column_has_nothing_to_turn():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_gradient_stays_in_its_row(bad):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_bad_gradient_stays_in_its_row(bad, momentum):
     torch.manual_seed(3)
     model = mlp(4, 6)
-    inside = in_backward(model, optimizer_of(model))
+    inside = in_backward(model, optimizer_of(model, momentum=momentum))
     other = model[0](torch.randn(3, 4).double())
     grad = torch.randn_like(other)
     grad[1, 2] = bad
@@ -389,9 +499,10 @@ def test_a_bad_gradient_stays_in_its_row(bad):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e18])
-def test_gradients_at_the_ends_of_float32_give_finite_weights(size):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_gradients_at_the_ends_of_float32_give_finite_weights(size, momentum):
     model = nn.Sequential(nn.Linear(8, 6))
-    in_backward(model, PolarSGD(polar_groups(model), lr=1e-3))
+    in_backward(model, PolarSGD(polar_groups(model), lr=1e-3, momentum=momentum))
     for _ in range(3):
         y = model(torch.randn(4, 8))
         y.backward(size * torch.randn_like(y))
@@ -401,9 +512,10 @@ def test_gradients_at_the_ends_of_float32_give_finite_weights(size):
     assert state.rho.isfinite().all() and state.scale.isfinite().all()
 
 
-def test_a_radius_of_zero_and_below():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_radius_of_zero_and_below(momentum):
     model, other = mlp(6, 4), None
-    plain, inside, handle = twins(model, "swn", lr=0.3)
+    plain, inside, handle = twins(model, "swn", lr=0.1, momentum=momentum)
     for _, optimizer in (plain, inside):
         for p, state in optimizer.state.items():
             if "radius" in state:
@@ -478,9 +590,46 @@ def test_a_gradient_whose_square_leaves_float32_is_measured(size, batch):
     torch.testing.assert_close(scale.double().unsqueeze(1) * u.double(), expected.weight, rtol=1e-4, atol=1e-5)
 
 
+def with_momentum(**changes):
+    given = arguments()
+    del given["telemetry"], given["refresh"]
+    made = {}
+    for name, value in given.items():
+        if name == "kind":
+            made |= dict(momentum_buffer=torch.zeros(3, 4), radius_momentum_buffer=torch.zeros(3).double(),
+                         bias_momentum_buffer=torch.zeros(3))
+        if name == "maximize":
+            made["nesterov"] = False
+        made[name] = value
+    return {**made, "numbers": [0.1] * 10, **changes}
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    (dict(grad=torch.randn(2, 4)), ValueError, "grad must have shape"),
+    (dict(numbers=[0.1] * 6), ValueError, "numbers must have 10"),
+    (dict(momentum_buffer=torch.zeros(4, 3)), ValueError, "momentum_buffer must be contiguous of shape"),
+    (dict(momentum_buffer=torch.zeros(4, 3).t()), ValueError, "momentum_buffer must be contiguous of shape"),
+    (dict(momentum_buffer=torch.zeros(3, 4).double()), TypeError, "momentum_buffer must be Float"),
+    (dict(radius_momentum_buffer=None), ValueError, "radius_momentum_buffer must be given with scale"),
+    (dict(radius_momentum_buffer=torch.zeros(3)), TypeError, "radius_momentum_buffer must be float64"),
+    (dict(bias_momentum_buffer=torch.zeros(2)), ValueError, "bias_momentum_buffer must be contiguous of shape"),
+    (dict(bias=None), ValueError, "bias_momentum_buffer must be given with bias"),
+    (dict(grad=torch.randn(513, 3), x=torch.randn(513, 4)), ValueError, "batches of 1 to 512 on a CPU, got a batch of 513"),
+], ids=lambda x: None)  # fmt: skip
+def test_bad_momentum_is_named_and_nothing_is_written(changes, error, words):
+    given = with_momentum(**changes)
+    before = copy.deepcopy(given)
+    with pytest.raises(error, match=words):
+        _C.in_backward_momentum_(*given.values())
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, before[name])
+
+
 def test_opcheck():
     given = arguments()
     torch.library.opcheck(torch.ops.wnkernels.in_backward_sgd_.default, tuple(given.values()))
+    torch.library.opcheck(torch.ops.wnkernels.in_backward_momentum_.default, tuple(with_momentum().values()))
     torch.library.opcheck(torch.ops.wnkernels.in_backward_linear.default,
                           (*(given[name] for name in ("x", "weight", "scale", "bias")), True))
 
@@ -712,8 +861,9 @@ def test_edits_are_picked_up_or_refused():
         inside[0](x)
 
 
-def test_resuming_from_state_dicts():
-    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.3)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_resuming_from_state_dicts(momentum):
+    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.1, momentum=momentum)
     batches = [batch_for(plain[0], 3) for _ in range(20)]
     for x, y in batches[:10]:
         step(*plain, x, y)
@@ -730,8 +880,9 @@ def test_resuming_from_state_dicts():
         assert distance(plain[0], inside[0]) < 1e-12
 
 
-def test_the_optimizers_methods_see_true_weights():
-    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.3)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_optimizers_methods_see_true_weights(momentum):
+    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.1, momentum=momentum)
     batches = [batch_for(plain[0], 3) for _ in range(12)]
     for model, optimizer in (plain, inside):
         for i, (x, y) in enumerate(batches):

@@ -12,8 +12,10 @@
   which the host never waits for. Per step the weight is read three times and written once, where plain SGD needs
   six passes; batches up to 512 on a CPU read it only twice. In float64 the weights are those of PolarSGD. Layers that
   PolarSGD takes as plain (``kind=None``) are stepped by the same product.
-- Everything else (convolutions, embeddings, momentum, Adam, tied or 16-bit weights, rates for each row or on a CUDA
-  device) has its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
+- With momentum the same product goes through the buffer, which is read and written once more: on a CPU, for batches up
+  to 512, and without telemetry. Of plain layers too.
+- Everything else (convolutions, embeddings, momentum elsewhere, Adam, tied or 16-bit weights, rates for each row or on a
+  CUDA device) has its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
 
 One backward is one step, and `optimizer.step()` must follow it: a second backward before that is refused,
 since gradient accumulation would have to wait for the sum. So are, where they can be seen, other things that
@@ -49,6 +51,8 @@ from . import _C, functional, optim
 
 __all__ = ["InBackward", "in_backward"]
 
+# Batches that a CPU's products of a step with momentum take.
+LARGEST_BATCH = 512
 # So often is the length of the rows measured, which is otherwise known from the step.
 REFRESH = 256
 
@@ -136,6 +140,7 @@ class InBackward:
             module = modules[0]
             if p not in self.tied and type(module) is nn.Linear and p is module.weight and p in self.places:
                 stepped = isinstance(self.optimizer, optim.PolarSGD) and _is_linear_step(self.group(p))
+                stepped = stepped and (p.is_cpu or self.group(p)["momentum"] == 0)
                 supported = p.dtype in (torch.float32, torch.float64) and p.is_contiguous()
                 supported = supported and (p.is_cpu or p.is_cuda and bool(_C.build_info["cuda"]))
                 if stepped and supported and p.numel():
@@ -196,7 +201,7 @@ def _is_linear_step(group: dict) -> bool:
     """Whether the step is linear in the gradient, up to factors of rows, by numbers that the host has."""
     if group["kind"] is not None and (group["dim"] not in (0, -2) or group["retraction"] == "geodesic"):
         return False
-    return group["momentum"] == 0 and not any(
+    return not any(
         isinstance(group[option], Tensor) and (group[option].numel() != 1 or not group[option].is_cpu)
         for option in ("lr", "weight_decay", "radius_weight_decay", "radius_lr_ratio")
     )
@@ -394,10 +399,12 @@ class _Layer:
         if self.stale:
             self._reread()
         group = inside.group(weight)
-        if not needs[1] or self.shared or not _is_linear_step(group):
+        rows = dy.reshape(-1, dy.shape[-1])
+        momentum = group["momentum"] != 0
+        by_product = _is_linear_step(group) and not (momentum and not self._takes_momentum(group, len(rows)))
+        if not needs[1] or self.shared or not by_product:
             if needs[0] and not low:
                 dx = (dy if self.folded or self.scale is None else dy * self.scale) @ weight
-            rows = dy.reshape(-1, dy.shape[-1])
             dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if needs[1] else None
             return dx, dw, rows.sum(0).to(weight.dtype) if needs[2] else None
 
@@ -405,38 +412,70 @@ class _Layer:
             dy, x = dy.to(weight.dtype), x.to(weight.dtype)
         if low or use.folded != self.folded:
             saved = None  # not the x u^T of this u: made again
-        bias, bias_group = self.module._parameters.raw("bias"), None
-        stepped_bias = needs[2] and bias in inside.places and bias not in inside.tied
-        if stepped_bias:
-            bias_group = inside.group(bias)
-            stepped_bias = _is_linear_step(bias_group) and bias_group["maximize"] == group["maximize"]
-            stepped_bias = stepped_bias and bias.dtype == weight.dtype and bias.is_contiguous()
+        bias = self.module._parameters.raw("bias") if needs[2] and self._steps_bias(group) else None
         inside.begin(weight)
-        if stepped_bias:
+        if bias is not None:
+            bias_group = inside.group(bias)
             inside.begin(bias)
         lr = float(group["lr"])
         numbers = [lr, lr * float(group["radius_lr_ratio"]), float(group["weight_decay"]),
                    float(group["radius_weight_decay"])]
-        numbers += [float(bias_group["lr"]), float(bias_group["weight_decay"])] if stepped_bias else [0.0, 0.0]
-        rows = None, None, None, None
+        numbers += [0.0, 0.0] if bias is None else [float(bias_group["lr"]), float(bias_group["weight_decay"])]
+        state_of_rows = None, None, None, None
         telemetry, refresh = None, False
         if self.kind is not None:
             state = inside.optimizer.state[weight]
-            rows = self.scale, self.rho, state["radius"], state["norm"]
+            state_of_rows = self.scale, self.rho, state["radius"], state["norm"]
             if group["telemetry"]:
                 telemetry = inside.optimizer._telemetry_of(weight)
             self.refresh = (self.refresh + 1) % REFRESH
             refresh = self.refresh == 0 or weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        result = _C.in_backward_sgd_(
-            dy, x, saved, weight, *rows, bias if stepped_bias else None, telemetry, self.kind or "swn", numbers,
-            group["maximize"], group["retraction"] == "renormalize", refresh, needs[0] and not low,
-        )
+        layer = dy, x, saved, weight, *state_of_rows, bias
+        keep_norm, need_x = group["retraction"] == "renormalize", needs[0] and not low
+        if momentum:
+            buffer, radius_buffer, *of_weight = self._buffers(weight, group)
+            bias_buffer, _, *of_bias = (None, None, 0.0, 1.0) if bias is None else self._buffers(bias, bias_group)
+            result = _C.in_backward_momentum_(
+                *layer, buffer, radius_buffer, bias_buffer, self.kind or "swn", [*numbers, *of_weight, *of_bias],
+                group["nesterov"], group["maximize"], keep_norm, need_x,
+            )
+        else:
+            result = _C.in_backward_sgd_(
+                *layer, telemetry, self.kind or "swn", numbers, group["maximize"], keep_norm, refresh, need_x
+            )
         self.folded = self.kind is None
         self.mark = optim._mark(weight)
         self.advance()
         if needs[0] and not low:
             dx = result
-        return dx, None, None if stepped_bias or not needs[2] else dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, None, None if bias is not None or not needs[2] else dy.reshape(-1, dy.shape[-1]).sum(0)
+
+    def _steps_bias(self, group: dict) -> bool:
+        """Whether the bias can go with a weight of this group."""
+        bias, inside = self.module._parameters.raw("bias"), self.inside
+        if bias not in inside.places or bias in inside.tied:
+            return False
+        own = inside.group(bias)
+        like = bias.dtype == self.weight.dtype and bias.is_contiguous() and own["maximize"] == group["maximize"]
+        if own["momentum"] != 0:
+            like = like and group["momentum"] != 0 and own["nesterov"] == group["nesterov"]
+        return like and _is_linear_step(own)
+
+    def _takes_momentum(self, group: dict, batch: int) -> bool:
+        return self.weight.is_cpu and 0 < batch <= LARGEST_BATCH and not (group["telemetry"] and self.kind is not None)
+
+    def _buffers(self, p: Tensor, group: dict) -> tuple[Tensor | None, Tensor | None, float, float]:
+        """The optimizer's buffers of momentum, of p and of its radius, the momentum, and the weight of the gradient in it."""
+        if group["momentum"] == 0:
+            return None, None, 0.0, 1.0
+        state = self.inside.optimizer.state[p]
+        first = "momentum_buffer" not in state
+        if first:
+            state["momentum_buffer"] = torch.zeros_like(p)
+            if "radius" in state:
+                state["radius_momentum_buffer"] = torch.zeros_like(state["radius"])
+        weight = 1.0 if first else 1.0 - float(group["dampening"])
+        return state["momentum_buffer"], state.get("radius_momentum_buffer"), float(group["momentum"]), weight
 
 
 class _Step(torch.autograd.Function):

@@ -85,10 +85,11 @@ template <class S, int n = S::lanes> WN_INLINE void transpose(typename S::V* v) 
 // out = kept in + a b, for in and out (m, panel), in null for zeros, kept (m,) or null for ones, a (m, k) with element
 // (i, n) at a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel). The product is added up before it
 // meets `in`, which is larger and would be rounded k times. The squares of out are added to squares (m,), if given, lane by
-// lane.
+// lane. With momentum, whose m has rows of `m_stride`, out is what LinearMomentum says.
 template <class S, int m, bool turned, class T>
 WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_stride, const T* a, int64_t stride,
-                           const T* b, int64_t k, typename S::V* squares) {
+                           const T* b, int64_t k, typename S::V* squares, const LinearMomentum<T>* momentum,
+                           int64_t m_stride) {
   typename S::V sum[m][2];
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = typename S::V{};
@@ -104,7 +105,17 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
     typename S::V out0 = sum[i][0], out1 = sum[i][1];
-    if (in) {
+    if (momentum) {
+      T* const buffer = momentum->m + i * m_stride;
+      const typename S::V u0 = S::load(in + i * S::panel), u1 = S::load(in + i * S::panel + S::lanes);
+      const typename S::V m0 = S::load(buffer), m1 = S::load(buffer + S::lanes);
+      const typename S::V dv0 = out0 + u0 * momentum->of_u[i], dv1 = out1 + u1 * momentum->of_u[i];
+      const T mu = momentum->mu[i], carry = momentum->carry * mu;
+      S::store(buffer, m0 * mu + dv0 * momentum->weight);
+      S::store(buffer + S::lanes, m1 * mu + dv1 * momentum->weight);
+      out0 = u0 * kept[i] - (dv0 * momentum->step + m0 * carry);
+      out1 = u1 * kept[i] - (dv1 * momentum->step + m1 * carry);
+    } else if (in) {
       const T factor = kept ? kept[i] : T(1);
       out0 += S::load(in + i * S::panel) * factor;
       out1 += S::load(in + i * S::panel + S::lanes) * factor;
@@ -118,13 +129,20 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
 // The same for any m.
 template <class S, bool turned, class T>
 WN_INLINE void add_products(int64_t m, const T* in, const T* kept, T* out, int64_t out_stride, const T* a,
-                            int64_t stride, const T* b, int64_t k, typename S::V* squares = nullptr) {
+                            int64_t stride, const T* b, int64_t k, typename S::V* squares = nullptr,
+                            const LinearMomentum<T>* momentum = nullptr, int64_t m_stride = 0) {
   int64_t i = 0;
   const auto tiles = [&](auto size) __attribute__((always_inline)) {
-    for (; i + size <= m; i += size)
+    for (; i + size <= m; i += size) {
+      LinearMomentum<T> of_tile{};
+      if (momentum) {
+        of_tile = *momentum;
+        of_tile.m += i * m_stride, of_tile.of_u += i, of_tile.mu += i;
+      }
       add_product<S, size, turned>(in ? in + i * S::panel : nullptr, kept ? kept + i : nullptr, out + i * out_stride,
                                    out_stride, a + i * (turned ? 1 : stride), stride, b, k,
-                                   squares ? squares + i : nullptr);
+                                   squares ? squares + i : nullptr, momentum ? &of_tile : nullptr, m_stride);
+    }
   };
   if constexpr (S::tile == 8) tiles(std::integral_constant<int, 8>{});
   tiles(std::integral_constant<int, 4>{});
@@ -155,8 +173,9 @@ constexpr int64_t kBlock = 32;
 template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, int64_t first, int64_t last) {
   constexpr int64_t P = S::panel;
   const int64_t count = last - first, panels = (count + P - 1) / P, batch = p.batch;
-  const Scratch<T> memory(2 * batch * panels * P + kBlock * P);
+  const Scratch<T> memory(2 * batch * panels * P + 2 * kBlock * P);
   T *const x = memory.data(), *const dx = x + batch * panels * P, *const u = dx + batch * panels * P;
+  T* const end_of_m = u + kBlock * P;  // what of a row of m is less than a panel
   typename S::V sums[kBlock];
   pack<S>(p.x + first, p.width, batch, count, x);
   if (p.dx) std::fill(dx, u, T(0));
@@ -168,17 +187,31 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
       const bool turns = c + 1 == panels;  // to the next block; the hardware does not foresee runs as short as a panel's
       const T* const next = turns ? p.u + (row + rows) * p.width + first : p.u + at + P;
       for (int64_t r = 0; r < (turns ? after : rows); ++r)
-        for (int64_t i = 0; i < P; i += 64 / sizeof(T)) __builtin_prefetch(next + r * p.width + i, 0, 2);
+        for (int64_t i = 0; i < P; i += 64 / sizeof(T)) {
+          __builtin_prefetch(next + r * p.width + i, 0, 2);
+          if (p.momentum) __builtin_prefetch(p.momentum->m + (next - p.u) + r * p.width + i, 0, 2);
+        }
       pack<S>(p.u + at, p.width, rows, width, u);
       if (p.dx) {
         T* const d = dx + c * batch * P;
         add_products<S, true, T>(batch, d, nullptr, d, P, p.a + row * batch, batch, u, rows);
       }
       const bool whole = width == P;
+      LinearMomentum<T> momentum{};
+      if (p.momentum) {
+        momentum = *p.momentum;
+        momentum.m = whole ? momentum.m + at : end_of_m, momentum.of_u += row, momentum.mu += row;
+        if (!whole) pack<S>(p.momentum->m + at, p.width, rows, width, end_of_m);
+      }
       add_products<S, false, T>(rows, u, p.kept + row, whole ? p.updated + at : u, whole ? p.width : P,
-                                p.e + row * batch, batch, x + c * batch * P, batch, p.squares ? sums : nullptr);
-      for (int64_t r = 0; r < rows && !whole; ++r)
-        std::copy(u + r * P, u + r * P + width, p.updated + at + r * p.width);
+                                p.e + row * batch, batch, x + c * batch * P, batch, p.squares ? sums : nullptr,
+                                p.momentum ? &momentum : nullptr, whole ? p.width : P);
+      const auto copy_back = [&](const T* from, T* to) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < rows && !whole; ++r)
+          std::copy(from + r * P, from + r * P + width, to + at + r * p.width);
+      };
+      copy_back(u, p.updated);
+      if (p.momentum) copy_back(end_of_m, p.momentum->m);
     }
     for (int64_t r = 0; r < rows && p.squares; r += S::lanes) {
       sum_lanes<S>(sums + r);

@@ -17,6 +17,14 @@ template <class T> struct LinearForward {
   void run() const;
 };
 
+// With momentum: dv = e^T x + diag(of_u) u, updated = diag(kept) u - step dv - carry diag(mu) m, m = diag(mu) m + weight dv.
+// m (rows, width); of_u, mu (rows,).
+template <class T> struct LinearMomentum {
+  T* m;
+  const T *of_u, *mu;
+  T weight, step, carry;
+};
+
 // dx = a u, and updated = diag(kept) u + e^T x, where u is read once for both; squares = the squared lengths of the rows of
 // updated, out of the range of T where they are out of its. x, dx (batch, width); u, updated, which may be u, (rows, width);
 // a^T, e^T (rows, batch); kept, squares (rows,). dx, with a, and squares may be null.
@@ -25,6 +33,7 @@ template <class T> struct LinearStep {
   T *updated, *dx;
   double* squares;
   int64_t batch, rows, width;
+  const LinearMomentum<T>* momentum = nullptr;
 
   void run() const;
 };
