@@ -1,5 +1,5 @@
 """A full training step of one Linear layer with SGD, where the step is taken inside the backward: time and peak memory,
-against the plain layer with torch's fused SGD, without and with momentum; and a step under autocast, where the polar step
+against the plain layer with torch's fused SGD; with momentum and AdamW, whose buffers are written there too; and a step under autocast, where the polar step
 writes the 16-bit weight.
 
     python -m bench.in_backward [--device cuda]
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from wnkernels.optim import PolarSGD, autocast_copy, in_backward, polar_groups
+from wnkernels.optim import PolarAdamW, PolarSGD, autocast_copy, in_backward, polar_groups
 
 from . import harness, training
 from .providers import torch_swn
@@ -25,32 +25,43 @@ MEMORY_WIDTH = 8192
 WARM_UP = 1e-2
 
 
-def inside(kind, **options):
+# name -> (torch's, ours, options, weight-sized buffers)
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, PolarSGD, {}, 0),
+    "SGD, momentum": (torch.optim.SGD, PolarSGD, {"momentum": 0.9}, 1),
+    "AdamW": (torch.optim.AdamW, PolarAdamW, {}, 2),
+}
+
+
+def inside(kind, optimizer="SGD"):
     def make(width, device):
         layer = nn.Sequential(nn.Linear(width, width, device=device))
         parameters = polar_groups(layer, kind) if kind else layer.parameters()
-        optimizer = PolarSGD(parameters, lr=training.LR, kind=kind, **options)
-        in_backward(layer, optimizer)
-        return layer, optimizer
+        _, ours, options, _ = OPTIMIZERS[optimizer]
+        stepped = ours(parameters, lr=training.LR, kind=kind, **options)
+        in_backward(layer, stepped)
+        return layer, stepped
 
     return make
 
 
-def fused(layer_of, **options):
+def fused(layer_of, optimizer="SGD"):
     def make(width, device):
         layer = layer_of(width, width).to(device)
-        return layer, torch.optim.SGD(layer.parameters(), lr=training.LR, fused=True, **options)
+        torchs, _, options, _ = OPTIMIZERS[optimizer]
+        return layer, torchs(layer.parameters(), lr=training.LR, fused=True, **options)
 
     return make
 
 
-def polar(momentum=0.0, **copies):
+def polar(optimizer="SGD", **copies):
     def make(width, device):
         layer = nn.Sequential(nn.Linear(width, width, device=device))
-        optimizer = PolarSGD(polar_groups(layer), lr=training.LR, momentum=momentum)
+        _, ours, options, _ = OPTIMIZERS[optimizer]
+        stepped = ours(polar_groups(layer), lr=training.LR, **options)
         if copies:
-            autocast_copy(layer, optimizer, **copies)
-        return layer, optimizer
+            autocast_copy(layer, stepped, **copies)
+        return layer, stepped
 
     return make
 
@@ -62,7 +73,7 @@ class Case(NamedTuple):
     providers: dict
     bytes: dict
     autocast: str = ""
-    momentum: float | str = ""
+    optimizer: str = "SGD"
 
 
 # As few bytes as can be: the weight for y, the weight for dx and the update, the weight written (plain: see bench.layers).
@@ -75,15 +86,18 @@ FLOAT32 = Case({
     "SWN, in backward": (inside("swn"), True),
     "EWN, in backward": (inside("ewn"), True),
 }, {"plain": 24, "plain, in backward": 12, "SWN, in backward": 12, "EWN, in backward": 12})
-BETA = 0.9
-MOMENTUM = Case({
-    "plain": (fused(nn.Linear, momentum=BETA), True),
-    "plain, in backward": (inside(None, momentum=BETA), True),
-    "torch SWN": (fused(torch_swn, momentum=BETA), True),
-    "PolarSGD": (polar(momentum=BETA), True),
-    "SWN, in backward": (inside("swn", momentum=BETA), True),
-    "EWN, in backward": (inside("ewn", momentum=BETA), True),
-}, {name: moved + 8 for name, moved in FLOAT32.bytes.items()}, momentum=BETA)
+# A buffer is read and written besides.
+BUFFERS = {
+    name: Case({
+        "plain": (fused(nn.Linear, name), True),
+        "plain, in backward": (inside(None, name), True),
+        "torch SWN": (fused(torch_swn, name), True),
+        "PolarSGD" if "SGD" in name else "PolarAdamW": (polar(name), True),
+        "SWN, in backward": (inside("swn", name), True),
+        "EWN, in backward": (inside("ewn", name), True),
+    }, {provider: moved + 8 * buffers for provider, moved in FLOAT32.bytes.items()}, optimizer=name)
+    for name, (_, _, _, buffers) in OPTIMIZERS.items() if buffers
+}
 # Bytes as each does it.
 BFLOAT16 = Case({
     "plain": (fused(nn.Linear), True),
@@ -133,7 +147,7 @@ def run(case, width, batch, seconds, device="cpu", hide_launch=False):
     times = harness.measure(calls, device=device, seconds=seconds, warm_up=WARM_UP, hide_launch=hide_launch)
     rows = []
     for name in calls:
-        row = {"width": width, "batch": batch, "autocast": case.autocast, "momentum": case.momentum, "provider": name}
+        row = {"width": width, "batch": batch, "autocast": case.autocast, "optimizer": case.optimizer, "provider": name}
         bases = {"plain": "plain"} | ({"trick": "plain, in backward"} if "plain, in backward" in calls else {})
         row |= harness.summary(times, name, bases)
         if moved := case.bytes.get(name):
@@ -146,7 +160,7 @@ def run(case, width, batch, seconds, device="cpu", hide_launch=False):
 
 def missed(rows):
     for r in rows:
-        if "WN, in backward" not in r["provider"] or r["autocast"] or r["momentum"]:
+        if "WN, in backward" not in r["provider"] or r["autocast"] or r["optimizer"] != "SGD":
             continue
         bounds = {"plain": BOUND_PLAIN.get((r["width"], r["batch"])),
                   "trick": BOUND_TRICK if (r["width"], r["batch"]) in BOUND_PLAIN else None}
@@ -162,7 +176,7 @@ def main(arguments=None):
     parser.add_argument("--widths", type=int, nargs="+", default=(4096, 1024))
     parser.add_argument("--batches", type=int, nargs="+", default=(16, 128, 512))
     parser.add_argument("--autocast-batches", type=int, nargs="*", default=(16, 128))
-    parser.add_argument("--momentum-batches", type=int, nargs="*", default=(16, 128))
+    parser.add_argument("--buffers-batches", type=int, nargs="*", default=(16, 128))
     parser.add_argument("--memory-width", type=int, default=MEMORY_WIDTH, help="0: skip the peak memory")
     parser.add_argument("--hide-launch", action="store_true", help="CUDA: the time of the device alone, as in a CUDA graph")
     parser.add_argument("--name", default="in_backward", help="of the CSV file")
@@ -170,7 +184,7 @@ def main(arguments=None):
     facts, folder = harness.begin(options)
     rows = []
     points = [(FLOAT32, w, b) for w in options.widths for b in options.batches]
-    points += [(MOMENTUM, w, b) for w in options.widths for b in options.momentum_batches]
+    points += [(case, w, b) for case in BUFFERS.values() for w in options.widths for b in options.buffers_batches]
     points += [(BFLOAT16, max(options.widths), b) for b in options.autocast_batches]
     with harness.Progress(len(points) + 1, "in_backward") as progress:
         for case, width, batch in points:
@@ -183,12 +197,12 @@ def main(arguments=None):
             peaks = {name: harness.peak_memory(memory_of, name, options.memory_width, 16, options.device, device=options.device)
                      for name in names}
             for name, peak in peaks.items():
-                rows.append({"width": options.memory_width, "batch": 16, "autocast": "", "momentum": "", "provider": name,
+                rows.append({"width": options.memory_width, "batch": 16, "autocast": "", "optimizer": "SGD", "provider": name,
                              "peak_bytes": peak, "memory_ratio": peak / peaks["plain"]})
         progress.step("memory")
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}\n")
-    print(harness.table(["width", "batch", "autocast", "momentum", "provider", "ms", "vs plain", "vs plain in backward", "peak MB"], [[
-        r["width"], r["batch"], r["autocast"], r["momentum"], r["provider"], f"{r['ms']:.3f}" if "ms" in r else "",
+    print(harness.table(["width", "batch", "autocast", "optimizer", "provider", "ms", "vs plain", "vs plain in backward", "peak MB"], [[
+        r["width"], r["batch"], r["autocast"], r["optimizer"], r["provider"], f"{r['ms']:.3f}" if "ms" in r else "",
         harness.interval(r, "plain") if "ratio_plain" in r else f"{r['memory_ratio']:.2f}",
         harness.interval(r, "trick") if "ratio_trick" in r else "",
         f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "",

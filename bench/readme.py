@@ -109,29 +109,28 @@ def optimizers(folder):
 
 
 def in_backward(folder):
-    points = [(4096, 16), (4096, 128), (4096, 512), (1024, 16), (1024, 128)]
+    def shown(points, *lines):
+        def cells(provider, optimizer):
+            point = {"provider": provider, "autocast": "", "optimizer": optimizer}
+            return (f"{value(folder, 'in_backward', 'ratio_plain', width=w, batch=b, **point):.2f}" for w, b in points)
 
-    def line(name, provider):
-        point = {"provider": provider, "autocast": "", "momentum": ""}
-        return [name, *(f"{value(folder, 'in_backward', 'ratio_plain', width=w, batch=b, **point):.2f}" for w, b in points)]
+        return table(["", *(f"{w}, batch {b}" for w, b in points)], [[name, *cells(*of)] for name, *of in lines])
 
-    shown = table(["", *(f"{w}, batch {b}" for w, b in points)], [
-        line("`in_backward`, SWN", "SWN, in backward"),
-        line("the same on a plain layer", "plain, in backward"),
-        line("torch's parametrization", "torch SWN"),
-    ])
+    sgd = shown(
+        [(4096, 16), (4096, 128), (4096, 512), (1024, 16), (1024, 128)],
+        ("`in_backward`, SWN", "SWN, in backward", "SGD"),
+        ("the same on a plain layer", "plain, in backward", "SGD"),
+        ("torch's parametrization", "torch SWN", "SGD"),
+    )
+    buffers = shown([(4096, 16), (4096, 128), (1024, 16), (1024, 128)], *(
+        (f"{name}, {optimizer}", provider, optimizer) for optimizer in ("SGD, momentum", "AdamW")
+        for name, provider in (("`in_backward`, SWN", "SWN, in backward"), ("plain layer", "plain, in backward"),
+                               ("torch's parametrization", "torch SWN"))
+    ))
     memory = value(folder, "in_backward", "memory_ratio", width=8192, batch=16, provider="SWN, in backward")
     copy, low = (value(folder, "in_backward", "ratio_plain", width=4096, batch=16, autocast="bf16", provider=p)
                  for p in ("PolarSGD, copy", "PolarSGD, copy, low gradients"))
-
-    def momentum(provider):
-        return [f"{value(folder, 'in_backward', 'ratio_plain', width=w, batch=b, momentum='0.9', provider=provider):.2f}"
-                for w, b in ((4096, 16), (4096, 128), (1024, 16), (1024, 128))]
-
-    swn, trick = (", ".join(momentum(p)[:-1]) + " and " + momentum(p)[-1]
-                  for p in ("SWN, in backward", "plain, in backward"))
-    return (f"{shown}\n\nWith momentum, against the plain layer with torch's fused momentum, it takes {swn} (4096, batch 16 "
-            f"and 128,\nand 1024), and on a plain layer {trick}.\n"
+    return (f"{sgd}\n\nWith buffers, over the plain layer with torch's fused step of the same optimizer:\n\n{buffers}\n\n"
             f"At 8192, batch 16, it needs {memory:.2f} times the memory. Under autocast (bf16, 4096, batch 16) "
             f"PolarSGD with\n`autocast_copy` takes {copy:.2f} times the plain step, with 16-bit gradients {low:.2f} times.")
 
@@ -231,8 +230,8 @@ def roofline(folder):
         return line(f"`Linear` without w, {mode}", fetched,
                     (4, float(row["floor_bytes"]) / 4096**2, float(row["percent_of_copy"])))
 
-    def inside(name, provider, fetched=0, autocast="", momentum=""):
-        row = only(folder, "in_backward", width=4096, batch=16, autocast=autocast, momentum=momentum, provider=provider)
+    def inside(name, provider, fetched=0, autocast="", optimizer="SGD"):
+        row = only(folder, "in_backward", width=4096, batch=16, autocast=autocast, optimizer=optimizer, provider=provider)
         return line(f"training step, {name}", fetched,
                     (4, float(row["bytes_per_element"]), float(row["percent_of_copy"])))
 
@@ -244,8 +243,10 @@ def roofline(folder):
         layer("forward", 1), layer("backward", 2),
         inside("plain `Linear`, fused SGD", "plain", 5),
         inside("SWN inside the backward", "SWN, in backward", 2),
-        inside("plain `Linear`, fused SGD, momentum", "plain", 6, momentum="0.9"),
-        inside("SWN inside the backward, momentum", "SWN, in backward", 3, momentum="0.9"),
+        inside("plain `Linear`, fused SGD, momentum", "plain", 6, optimizer="SGD, momentum"),
+        inside("SWN inside the backward, momentum", "SWN, in backward", 3, optimizer="SGD, momentum"),
+        inside("plain `Linear`, fused AdamW", "plain", 7, optimizer="AdamW"),
+        inside("SWN inside the backward, AdamW", "SWN, in backward", 4, optimizer="AdamW"),
         inside("autocast, plain", "plain", autocast="bf16"),
         inside("autocast, PolarSGD with 16-bit copy", "PolarSGD, copy", autocast="bf16"),
         inside("autocast, the same with 16-bit gradients", "PolarSGD, copy, low gradients", autocast="bf16"),

@@ -146,17 +146,15 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
                               keep_norm, refresh, need_x);
 }
 
-Tensor in_backward_momentum_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
-                             const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
-                             const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
-                             const std::optional<Tensor>& bias, const Tensor& momentum_buffer,
-                             const std::optional<Tensor>& radius_momentum_buffer,
-                             const std::optional<Tensor>& bias_momentum_buffer, string_view kind,
-                             const std::vector<double>& numbers, bool nesterov, bool maximize, bool keep_norm,
-                             bool need_x) {
-  return op::in_backward_momentum_(grad, x, z, weight, scale, rho, radius, norm, bias, momentum_buffer,
-                                   radius_momentum_buffer, bias_momentum_buffer, kind, numbers, nesterov, maximize,
-                                   keep_norm, need_x);
+Tensor in_backward_buffers_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                            const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                            const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                            const std::optional<Tensor>& bias, const Tensors& buffers, const Tensors& radius_buffers,
+                            const Tensors& bias_buffers, string_view kind, const std::vector<double>& numbers,
+                            const std::vector<double>& bias_numbers, bool averages, bool option, bool maximize, bool keep_norm,
+                            bool need_x) {
+  return op::in_backward_buffers_(grad, x, z, weight, scale, rho, radius, norm, bias, buffers, radius_buffers, bias_buffers, kind, numbers,
+                                  bias_numbers, averages, option, maximize, keep_norm, need_x);
 }
 
 // What this build was made with; WN_BUILD_* come from setup.py.
@@ -183,7 +181,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "polar_adam_", polar_adam_);
   define(m, "in_backward_linear", op::in_backward_linear);
   define(m, "in_backward_sgd_", in_backward_sgd_);
-  define(m, "in_backward_momentum_", in_backward_momentum_);
+  define(m, "in_backward_buffers_", in_backward_buffers_);
   m.def("records_functions", &at::hasCallbacks);
   py::class_<StepLists>(m, "StepLists")
       .def(py::init([](std::vector<py::object> params, std::vector<py::object> weights, Tensors radius, Tensors norm,

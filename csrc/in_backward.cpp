@@ -26,7 +26,9 @@ namespace {
 using in_backward::Arguments;
 
 enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBiasWeightDecay, kNumbers };
-enum : size_t { kMomentum = kNumbers, kGradientWeight, kBiasMomentum, kBiasGradientWeight, kMomentumNumbers };
+// Of a weight with buffers the first four, and then, of a bias the rate and the decay, and then:
+enum : size_t { kMomentum, kGradientWeight, kMomentumNumbers };
+enum : size_t { kBeta1, kBeta2, kEps, kStep, kAverageNumbers };
 
 // Rows of one tile are worked on together, element by element.
 constexpr int kTile = 16;
@@ -151,16 +153,27 @@ struct Unfinished {
   std::mutex writing;
 };
 
+// A step without buffers, and one with: those of the weight, of its radius and of the bias.
+struct Bare {
+  static constexpr int buffers = 0;
+  using Formula = void;
+};
+template <class With> struct Buffered {
+  With weight, bias;
+  at::TensorList of_weight, of_radius, of_bias;
+};
+template <> struct Buffered<Bare> {};
+
 // The scalar work of rows.
-template <class T> struct Prepare {
+template <class T, class With> struct Prepare {
   const Arguments& a;
+  const Buffered<With>& buffered;
   int64_t rows, batch;
   const T *dy, *z, *gram;  // gram as LinearGram makes it, null where |G|^2 is not needed
   T *scale, *bias;
   T *of_x, *of_weight;  // dy scale, by which u is multiplied for dx, and e, by which x is for u'; null if not needed
   bool turned;  // whether these are (rows, batch)
-  T* kept;      // by what u is multiplied before e^T x is added
-  T *of_u, *mu; // with momentum
+  T* kept;      // by what u is multiplied before e^T x is added, or the coefficients of the formula
   Unfinished* unfinished;
 
   // At a time, in short loops: each is vectorized, where a single one would be a chain of divisions and roots for each row.
@@ -169,18 +182,16 @@ template <class T> struct Prepare {
   WN_INLINE void operator()(int64_t from, int64_t count) const {
     double sum[kRows], inner[kRows], square[kRows];
     cpu::LinearSums<T>{dy, z, gram, batch, rows, sum, inner, square}.run(from, from + count);
-    if (bias) step_bias(from, count, sum);
+    for (int64_t j = 0; j < count && bias; ++j) step_bias(from + j, a.sign * sum[j]);
     T old_scale[kRows], factor[kRows];
     for (int64_t j = 0; j < count; ++j) old_scale[j] = a.polar ? scale[from + j] : T(1);
-    const auto fill = [&](T* rows_of, double value) { std::fill_n(rows_of + from, count, static_cast<T>(value)); };
-    if (a.polar && a.momentum) {
-      step_with_momentum(from, count, inner, factor);
+    if constexpr (With::buffers > 0) {
+      step_with_buffers(from, count, inner, factor);
     } else if (a.polar) {
       step(from, count, inner, gram ? square : nullptr, factor);
     } else {
-      std::fill_n(factor, count, static_cast<T>(a.momentum ? a.sign : -a.sign * a.state.lr));
-      fill(kept, a.momentum ? 1 : 1 - a.state.lr * a.state.weight_decay);
-      if (a.momentum) fill(of_u, a.state.weight_decay), fill(mu, a.momentum->mu);
+      std::fill(factor, factor + count, static_cast<T>(-a.sign * a.state.lr));
+      std::fill(kept + from, kept + from + count, static_cast<T>(1 - a.state.lr * a.state.weight_decay));
     }
     if (turned) {
       cpu::LinearFactors<T>{dy, old_scale, factor, of_x, of_weight, batch, rows}.run(from, from + count);
@@ -194,15 +205,21 @@ template <class T> struct Prepare {
     write(of_weight, factor);
   }
 
-  WN_INLINE void step_bias(int64_t from, int64_t count, const double* sum) const {
-    T* const buffer = a.of_bias ? a.bias_buffer.mutable_data_ptr<T>() : nullptr;
-    for (int64_t row = from; row < from + count; ++row) {
-      double direction = a.sign * sum[row - from] + a.bias_weight_decay * bias[row];
-      if (buffer) {
-        const Momentum::Step step = a.of_bias->of(direction, buffer[row]);
-        direction = step.direction, buffer[row] = static_cast<T>(step.buffer);
+  WN_INLINE void step_bias(int64_t row, double gradient) const {
+    if constexpr (With::buffers > 0) {
+      using Formula = typename With::Formula;
+      double c[Formula::coefficients], x[Formula::inputs] = {bias[row], gradient}, y[Formula::outputs];
+      T* buffer[With::buffers];
+      for (int i = 0; i < With::buffers; ++i) {
+        buffer[i] = buffered.of_bias[i].template mutable_data_ptr<T>() + row;
+        x[2 + i] = *buffer[i];
       }
-      bias[row] -= static_cast<T>(a.bias_lr * direction);
+      buffered.bias.coefficients(true, 1, 0, c);
+      Formula::combine(c, x, y);
+      bias[row] = static_cast<T>(y[0]);
+      for (int i = 0; i < With::buffers; ++i) *buffer[i] = static_cast<T>(y[1 + i]);
+    } else {
+      bias[row] -= static_cast<T>(a.bias_lr * (gradient + a.bias_weight_decay * bias[row]));
     }
   }
 
@@ -267,25 +284,34 @@ template <class T> struct Prepare {
     std::copy(new_scale, new_scale + count, scale + from);
   }
 
-  WN_INLINE void step_with_momentum(int64_t from, int64_t count, const double* inner, T* factor) const {
+  WN_INLINE void step_with_buffers(int64_t from, int64_t count, const double* inner, T* factor) const {
+    constexpr int coefficients = With::Formula::coefficients;
+    T* const c = kept + from * coefficients;
+    if (!a.polar) {
+      std::fill_n(factor, count, static_cast<T>(a.sign));
+      for (int64_t j = 0; j < count; ++j) buffered.weight.coefficients(true, 1, 0, c + j * coefficients);
+      return;
+    }
     const RowState state = a.state;
-    const Momentum momentum = *a.momentum;
     double s[kRows], radius[kRows];
+    double* radius_buffer[With::buffers];
+    for (int i = 0; i < With::buffers; ++i) radius_buffer[i] = buffered.of_radius[i].template mutable_data_ptr<double>() + from;
     signed_radii(from, count, s);
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t row = from + j;
-      const Row old{state.rho[row], state.norm[row], state.radius[row], s[j]};
-      const MomentumStep step = MomentumStep::of(state, momentum, old, a.sign * inner[j], a.radius_buffer[row]);
-      a.radius_buffer[row] = step.radius_buffer;
-      radius[j] = step.radius;
-      factor[j] = static_cast<T>(a.sign * step.factor);
-      kept[row] = static_cast<T>(step.rho), of_u[row] = static_cast<T>(step.of_u), mu[row] = static_cast<T>(step.mu);
+      double buffers[With::buffers];
+      for (int i = 0; i < With::buffers; ++i) buffers[i] = radius_buffer[i][j];
+      const Row old{state.rho[from + j], state.norm[from + j], state.radius[from + j], s[j]};
+      const auto row = RowWith<With>::of(state, buffered.weight, old, a.sign * inner[j], buffers);
+      for (int i = 0; i < With::buffers; ++i) radius_buffer[i][j] = row.radius_buffers[i];
+      radius[j] = row.radius;
+      factor[j] = static_cast<T>(a.sign * row.factor);
+      buffered.weight.coefficients(row.exists, row.rho, row.turned, c + j * coefficients);
     }
     std::copy(radius, radius + count, state.radius + from);
   }
 };
 
-template <class T> WN_MULTIVERSION void prepare(const Prepare<T>& p, int64_t first, int64_t last) {
+template <class T, class With> WN_MULTIVERSION void prepare(const Prepare<T, With>& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row += p.kRows) p(row, std::min<int64_t>(p.kRows, last - row));
 }
 
@@ -307,7 +333,9 @@ void finish_rows(const Arguments& a, int64_t count, const double* squares, const
   });
 }
 
-template <class T> Tensor run(const Arguments& a) {
+template <class T, class With> Tensor run(const Arguments& a, const Buffered<With>& buffered) {
+  using Formula = typename With::Formula;
+  constexpr bool buffers = With::buffers > 0;
   const int64_t batch = a.dy.size(0), rows = a.weight.size(0), width = a.weight.size(1);
   const bool small = cpu::small_products(batch);
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
@@ -315,8 +343,8 @@ template <class T> Tensor run(const Arguments& a) {
   const T* const z = a.polar ? a.z.const_data_ptr<T>() : nullptr;
   const std::unique_ptr<double[]> squares(small && (a.measure || a.refresh) ? new double[rows] : nullptr);
   Unfinished unfinished;
-  if ((a.measure || a.refresh) && !a.momentum) unfinished.rows.reserve(rows);
-  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept, of_momentum;
+  if ((a.measure || a.refresh) && !buffers) unfinished.rows.reserve(rows);
+  Tensor dx = a.need_x ? at::empty_like(a.x) : Tensor(), gram, of_x, of_weight, kept;
   if (a.polar && !a.measure) {
     gram = at::empty({batch, batch}, a.x.options());
     cpu::LinearGram<T>{x, data(gram), batch, width}.run();
@@ -326,24 +354,23 @@ template <class T> Tensor run(const Arguments& a) {
     of_x = a.need_x ? at::empty_like(of_weight) : Tensor();
   }
   if (small || a.polar || a.bias.defined()) {
-    kept = at::empty({rows}, a.x.options());
-    if (a.momentum) of_momentum = at::empty({2, rows}, a.x.options());
-    T* const of_u = data(of_momentum);
-    const Prepare<T> job{a, rows, batch, dy, z, data(gram), data(a.scale), data(a.bias), data(of_x), data(of_weight),
-                         small, data(kept), of_u, of_u ? of_u + rows : nullptr, &unfinished};
+    int64_t numbers = 1;
+    if constexpr (buffers) numbers = Formula::coefficients;
+    kept = at::empty({rows * numbers}, a.x.options());
+    const Prepare<T, With> job{a, buffered, rows, batch, dy, z, data(gram), data(a.scale), data(a.bias), data(of_x),
+                               data(of_weight), small, data(kept), &unfinished};
     for_parts(rows, batch, [&](int64_t first, int64_t last) { prepare(job, first, last); });
   }
   if (small) {
-    T *const u = data(a.weight), *const of_u = data(of_momentum);
-    cpu::LinearMomentum<T> momentum{};
-    if (a.momentum) {
-      const double lr = a.state.lr, mu = a.momentum->mu;
-      momentum = {data(a.buffer), of_u, of_u + rows, static_cast<T>(a.momentum->weight),
-                  static_cast<T>(lr * a.momentum->of_gradient),
-                  static_cast<T>(mu == 0 ? 0 : lr * a.momentum->of_buffer / mu)};
+    T* const u = data(a.weight);
+    cpu::LinearStep<T, Formula> step{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), squares.get(), batch, rows,
+                                     width};
+    T* of_weight[std::max(With::buffers, 1)];
+    if constexpr (buffers) {
+      for (int i = 0; i < With::buffers; ++i) of_weight[i] = data(buffered.of_weight[i]);
+      step.buffers = of_weight, step.coefficients = step.kept;
     }
-    cpu::LinearStep<T>{x, data(of_x), data(of_weight), data(kept), u, u, data(dx), squares.get(), batch, rows, width,
-                       a.momentum ? &momentum : nullptr}.run();
+    step.run();
   } else {
     if (a.need_x) at::mm_out(dx, a.polar ? of_x : a.dy, a.weight);
     for (int64_t u = 0; u < rows && a.polar; ++u)
@@ -353,14 +380,15 @@ template <class T> Tensor run(const Arguments& a) {
     else
       a.weight.addmm_(a.dy.t(), a.x, 1 - a.state.lr * a.state.weight_decay, -a.sign * a.state.lr);
   }
-  const auto& list = unfinished.rows;
-  if (a.polar && a.momentum)
-    finish_rows<T>(a, rows, squares.get(), [](int64_t row) { return row; }, [&](int64_t, int64_t row, double length) {
-      return MomentumStep::finish(a.state, row, length);
-    });
-  else if (!list.empty())
+  if constexpr (buffers) {
+    if (a.polar)
+      finish_rows<T>(a, rows, squares.get(), [](int64_t row) { return row; }, [&](int64_t, int64_t row, double length) {
+        return RowWith<With>::finish(a.state, row, length);
+      });
+  } else if (const auto& list = unfinished.rows; !list.empty()) {
     finish_rows<T>(a, list.size(), squares.get(), [&](int64_t i) { return list[i].row; },
                    [&](int64_t i, int64_t row, double length) { return list[i].step.finish(a.state, row, length); });
+  }
   return dx;
 }
 
@@ -407,27 +435,29 @@ Arguments arguments_of(const Tensor& grad, const Tensor& x, const std::optional<
   a.scale = scale.value_or(Tensor()), a.bias = bias.value_or(Tensor());
   a.state = {pointer(rho), pointer(radius), pointer(norm), nullptr, k, keep_norm, weight.size(1) == 1, numbers[kLr],
              numbers[kRadiusLr], numbers[kWeightDecay], numbers[kRadiusWeightDecay]};
-  a.bias_lr = numbers[kBiasLr], a.bias_weight_decay = numbers[kBiasWeightDecay];
   a.sign = maximize ? -1 : 1;
   a.polar = polar, a.need_x = need_x;
   return a;
 }
 
-// The step of checked arguments; `written` are the tensors that it writes.
-Tensor take_step(Arguments& a, const std::optional<Tensor>& z, const Tensor& x,
-                 std::initializer_list<std::optional<Tensor>> written) {
+// The step of checked arguments.
+template <class With> Tensor take_step(Arguments& a, const std::optional<Tensor>& z, const Tensor& x, const Buffered<With>& buffered) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (a.polar) a.z = z ? *z : at::mm(a.x, a.weight.t());
   Tensor dx;
 #if defined(WN_WITH_CUDA)
-  if (a.weight.is_cuda()) dx = in_backward::cuda::run(a);
+  if constexpr (With::buffers == 0)
+    if (a.weight.is_cuda()) dx = in_backward::cuda::run(a);
 #endif
   if (a.weight.is_cpu())
-    AT_DISPATCH_FLOATING_TYPES(a.weight.scalar_type(), "in_backward", [&] { dx = run<scalar_t>(a); });
-  for (const auto& t : written)
-    if (t) t->unsafeGetTensorImpl()->bump_version();
+    AT_DISPATCH_FLOATING_TYPES(a.weight.scalar_type(), "in_backward", [&] { dx = run<scalar_t>(a, buffered); });
   return a.need_x ? dx.view(x.sizes()) : at::empty({0}, x.options());
+}
+
+void written(std::initializer_list<std::optional<Tensor>> tensors) {
+  for (const auto& t : tensors)
+    if (t) t->unsafeGetTensorImpl()->bump_version();
 }
 
 Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
@@ -443,39 +473,66 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   const int64_t batch = a.x.size(0);
   const bool by_product = weight.is_cpu() && cpu::small_products(batch);
   a.measure = a.polar && !telemetry && !gram_is_cheaper(batch, weight.size(0), weight.size(1), by_product);
-  return take_step(a, z, x, {weight, scale, rho, radius, norm, bias, telemetry});
+  a.bias_lr = numbers[kBiasLr], a.bias_weight_decay = numbers[kBiasWeightDecay];
+  const Tensor dx = take_step(a, z, x, Buffered<Bare>{});
+  written({weight, scale, rho, radius, norm, bias, telemetry});
+  return dx;
 }
 
-Tensor in_backward_momentum_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
-                             const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
-                             const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
-                             const std::optional<Tensor>& bias, const Tensor& buffer,
-                             const std::optional<Tensor>& radius_buffer, const std::optional<Tensor>& bias_buffer,
-                             string_view kind, at::ArrayRef<double> numbers, bool nesterov, bool maximize,
-                             bool keep_norm, bool need_x) {
-  Arguments a = arguments_of(grad, x, z, weight, scale, rho, radius, norm, bias, kind, numbers, kMomentumNumbers, maximize,
+WithMomentum with(std::type_identity<WithMomentum>, double lr, double decay, at::ArrayRef<double> n, bool nesterov) {
+  return {Momentum::of(n[kMomentum], n[kGradientWeight], nesterov), lr, decay};
+}
+WithAverages with(std::type_identity<WithAverages>, double lr, double decay, at::ArrayRef<double> n, bool decoupled) {
+  return {lr, decay, n[kBeta1], n[kBeta2], n[kEps], 1 - std::pow(n[kBeta1], n[kStep]),
+          std::sqrt(1 - std::pow(n[kBeta2], n[kStep])), decoupled};
+}
+
+Tensor in_backward_buffers_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                            const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                            const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                            const std::optional<Tensor>& bias, at::TensorList buffers, at::TensorList radius_buffers,
+                            at::TensorList bias_buffers, string_view kind, at::ArrayRef<double> numbers,
+                            at::ArrayRef<double> bias_numbers, bool averages, bool option, bool maximize, bool keep_norm,
+                            bool need_x) {
+  const size_t count = averages ? kAverageNumbers : kMomentumNumbers, lists = averages ? WithAverages::buffers : WithMomentum::buffers;
+  Arguments a = arguments_of(grad, x, z, weight, scale, rho, radius, norm, bias, kind, numbers, kBiasLr + count, maximize,
                              keep_norm, need_x);
-  TORCH_CHECK_VALUE(weight.is_cpu() && cpu::small_products(a.x.size(0)), "momentum goes by the products for batches of 1 to "
-                    "512 on a CPU, got a batch of ", a.x.size(0), " on ", weight.device());
-  const auto check_like = [](const char* name, const Tensor& t, const Tensor& like) {
-    check_device(name, t, like);
-    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), ", got ",
-                     t.scalar_type());
-    TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.is_contiguous(), name, " must be contiguous of shape ", like.sizes(),
-                      ", got ", t.sizes(), " with strides ", t.strides());
+  TORCH_CHECK_VALUE(weight.is_cpu() && cpu::small_products(a.x.size(0)), "a step with buffers goes by the products for "
+                    "batches of 1 to 512 on a CPU, got a batch of ", a.x.size(0), " on ", weight.device());
+  const auto check_list = [&](const char* name, at::TensorList list, bool given, const auto& check) {
+    TORCH_CHECK_VALUE(list.size() == (given ? lists : 0), name, " must hold ", given ? lists : 0, " tensors, got ", list.size());
+    for (const Tensor& t : list) check(name, t);
   };
-  check_like("momentum_buffer", buffer, weight);
-  check_state("radius_momentum_buffer", radius_buffer, weight, a.polar, 1);
-  TORCH_CHECK_VALUE(bias || !bias_buffer, "bias_momentum_buffer must be given with bias alone");
-  if (bias_buffer) check_like("bias_momentum_buffer", *bias_buffer, *bias);
-  a.momentum = Momentum(numbers[kMomentum], numbers[kGradientWeight], nesterov);
-  a.buffer = buffer, a.radius_buffer = pointer(radius_buffer);
-  if (bias_buffer) {
-    a.of_bias = Momentum(numbers[kBiasMomentum], numbers[kBiasGradientWeight], nesterov);
-    a.bias_buffer = *bias_buffer;
-  }
+  const auto like = [](const Tensor& model) {
+    return [&model](const char* name, const Tensor& t) {
+      check_device(name, t, model);
+      TORCH_CHECK_TYPE(t.scalar_type() == model.scalar_type(), name, " must have the dtype ", model.scalar_type(), ", got ",
+                       t.scalar_type());
+      TORCH_CHECK_VALUE(t.sizes() == model.sizes() && t.is_contiguous(), name, " must be contiguous of shape ",
+                        model.sizes(), ", got ", t.sizes(), " with strides ", t.strides());
+    };
+  };
+  check_list("buffers", buffers, true, like(weight));
+  check_list("radius_buffers", radius_buffers, a.polar,
+             [&](const char* name, const Tensor& t) { check_state(name, t, weight, true, 1); });
+  check_list("bias_buffers", bias_buffers, bias.has_value(), like(a.bias));
+  const size_t of_bias = bias ? 2 + count : 0;
+  TORCH_CHECK_VALUE(bias_numbers.size() == of_bias, "bias_numbers must have ", of_bias, " entries, got ", bias_numbers.size());
   a.measure = a.polar;
-  return take_step(a, z, x, {weight, scale, rho, radius, norm, bias, buffer, radius_buffer, bias_buffer});
+  const auto step = [&](auto rule) {
+    using With = typename decltype(rule)::type;
+    const auto made = [&](at::ArrayRef<double> n, size_t decay, size_t first) {
+      return with(rule, n[0], n[decay], n.slice(first), option);
+    };
+    const With of_weight = made(numbers, kWeightDecay, kBiasLr);
+    return take_step(a, z, x, Buffered<With>{of_weight, bias ? made(bias_numbers, 1, 2) : of_weight, buffers, radius_buffers,
+                                             bias_buffers});
+  };
+  const Tensor dx = averages ? step(std::type_identity<WithAverages>{}) : step(std::type_identity<WithMomentum>{});
+  written({weight, scale, rho, radius, norm, bias});
+  for (const at::TensorList list : {buffers, radius_buffers, bias_buffers})
+    for (const Tensor& t : list) written({t});
+  return dx;
 }
 
 std::tuple<Tensor, Tensor> in_backward_linear_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&,
@@ -495,11 +552,11 @@ Tensor in_backward_sgd_meta(const Tensor&, const Tensor& x, const std::optional<
   return need_x ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
 }
 
-Tensor in_backward_momentum_meta(const Tensor&, const Tensor& x, const std::optional<Tensor>&, const Tensor&,
-                                 const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                                 const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-                                 const std::optional<Tensor>&, const std::optional<Tensor>&, string_view,
-                                 at::ArrayRef<double>, bool, bool, bool, bool need_x) {
+Tensor in_backward_buffers_meta(const Tensor&, const Tensor& x, const std::optional<Tensor>&, const Tensor&,
+                                const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                const std::optional<Tensor>&, const std::optional<Tensor>&, at::TensorList, at::TensorList,
+                                at::TensorList, string_view, at::ArrayRef<double>, at::ArrayRef<double>, bool, bool, bool,
+                                bool, bool need_x) {
   return need_x ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
 }
 
@@ -511,16 +568,16 @@ TORCH_LIBRARY_FRAGMENT(wnkernels, m) {
   m.def("in_backward_sgd_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
         "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!)? telemetry, str kind, float[] numbers, "
         "bool maximize, bool keep_norm, bool refresh, bool need_x) -> Tensor");
-  m.def("in_backward_momentum_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
-        "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!) momentum_buffer, "
-        "Tensor(h!)? radius_momentum_buffer, Tensor(i!)? bias_momentum_buffer, str kind, float[] numbers, bool nesterov, "
+  m.def("in_backward_buffers_(Tensor grad, Tensor x, Tensor? z, Tensor(a!) weight, Tensor(b!)? scale, Tensor(c!)? rho, "
+        "Tensor(d!)? radius, Tensor(e!)? norm, Tensor(f!)? bias, Tensor(g!)[] buffers, Tensor(h!)[] radius_buffers, "
+        "Tensor(i!)[] bias_buffers, str kind, float[] numbers, float[] bias_numbers, bool averages, bool option, "
         "bool maximize, bool keep_norm, bool need_x) -> Tensor");
 }
 
 static void register_in_backward(torch::Library& m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_));
-  m.impl("in_backward_momentum_", TORCH_FN(in_backward_momentum_));
+  m.impl("in_backward_buffers_", TORCH_FN(in_backward_buffers_));
 }
 
 TORCH_LIBRARY_IMPL(wnkernels, CPU, m) { register_in_backward(m); }
@@ -530,12 +587,12 @@ TORCH_LIBRARY_IMPL(wnkernels, CUDA, m) { register_in_backward(m); }
 TORCH_LIBRARY_IMPL(wnkernels, Autograd, m) {  // the Python function around them records
   m.impl("in_backward_linear", torch::CppFunction::makeFallthrough());
   m.impl("in_backward_sgd_", torch::CppFunction::makeFallthrough());
-  m.impl("in_backward_momentum_", torch::CppFunction::makeFallthrough());
+  m.impl("in_backward_buffers_", torch::CppFunction::makeFallthrough());
 }
 TORCH_LIBRARY_IMPL(wnkernels, Meta, m) {
   m.impl("in_backward_linear", TORCH_FN(in_backward_linear_meta));
   m.impl("in_backward_sgd_", TORCH_FN(in_backward_sgd_meta));
-  m.impl("in_backward_momentum_", TORCH_FN(in_backward_momentum_meta));
+  m.impl("in_backward_buffers_", TORCH_FN(in_backward_buffers_meta));
 }
 
 namespace op {
@@ -557,18 +614,18 @@ Tensor in_backward_sgd_(const Tensor& grad, const Tensor& x, const std::optional
   return handle.call(grad, x, z, weight, scale, rho, radius, norm, bias, telemetry, kind, numbers, maximize, keep_norm,
                      refresh, need_x);
 }
-Tensor in_backward_momentum_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
-                             const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
-                             const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
-                             const std::optional<Tensor>& bias, const Tensor& momentum_buffer,
-                             const std::optional<Tensor>& radius_momentum_buffer,
-                             const std::optional<Tensor>& bias_momentum_buffer, string_view kind,
-                             at::ArrayRef<double> numbers, bool nesterov, bool maximize, bool keep_norm, bool need_x) {
+Tensor in_backward_buffers_(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& z, const Tensor& weight,
+                            const std::optional<Tensor>& scale, const std::optional<Tensor>& rho,
+                            const std::optional<Tensor>& radius, const std::optional<Tensor>& norm,
+                            const std::optional<Tensor>& bias, at::TensorList buffers, at::TensorList radius_buffers,
+                            at::TensorList bias_buffers, string_view kind, at::ArrayRef<double> numbers,
+                            at::ArrayRef<double> bias_numbers, bool averages, bool option, bool maximize, bool keep_norm,
+                            bool need_x) {
   static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("wnkernels::in_backward_momentum_", "")
-                                 .typed<decltype(op::in_backward_momentum_)>();
-  return handle.call(grad, x, z, weight, scale, rho, radius, norm, bias, momentum_buffer, radius_momentum_buffer,
-                     bias_momentum_buffer, kind, numbers, nesterov, maximize, keep_norm, need_x);
+                                 .findSchemaOrThrow("wnkernels::in_backward_buffers_", "")
+                                 .typed<decltype(op::in_backward_buffers_)>();
+  return handle.call(grad, x, z, weight, scale, rho, radius, norm, bias, buffers, radius_buffers, bias_buffers, kind, numbers,
+                     bias_numbers, averages, option, maximize, keep_norm, need_x);
 }
 }  // namespace op
 }  // namespace wn

@@ -8,12 +8,15 @@
 //   |G|^2 = sum_b dy (x x^T dy) gives n'^2 = ((1 - lr decay) n)^2 + (lr k)^2 (|G|^2 - p^2).
 // A row whose |rho'| leaves [1/2, 2] is multiplied by it first, and has rho' = 1 then; c may be anything, 0 too.
 //
-// With momentum m, which is that of v, all rows are rewritten anyway, so that u' = v':
-//   dv = k G + (decay - k p/n) v;   m' = mu m + weight dv;   v' = v - lr (f dv + c m),
-// and n' is measured where v' is written. G is still that product, which is not stored: w, m in, w', m' out.
+// Where the optimizer keeps buffers of the weight's size, momentum or Adam's averages, which are those of v, all rows are
+// rewritten anyway, so that u' = v': the formula of step.h combines u, e^T x = k G and the buffers element by element, of
+//   dv = k G + (decay - k p/n) v,
+// and n' is measured where v' is written. G is still that product, which is not stored.
 #pragma once
 
-#include "polar.h"
+#include <algorithm>
+
+#include "step.h"
 
 namespace wn {
 
@@ -32,20 +35,6 @@ struct RowState {
 
   WN_INLINE Row at(int64_t row) const {
     return {rho[row], norm[row], radius[row], signed_radius(kind, radius[row])};
-  }
-};
-
-// d = of_gradient g + of_buffer m is what a step of gradient g goes along, and m' = mu m + weight g.
-struct Momentum {
-  double mu, weight;  // weight: 1 on the first step, then 1 - dampening
-  double of_gradient, of_buffer;
-
-  Momentum(double mu, double weight, bool nesterov)
-      : mu(mu), weight(weight), of_gradient(nesterov ? 1 + mu * weight : weight), of_buffer(nesterov ? mu * mu : mu) {}
-
-  struct Step { double direction, buffer; };
-  WN_INLINE Step of(double gradient, double buffer) const {
-    return {of_gradient * gradient + of_buffer * buffer, mu * buffer + weight * gradient};
   }
 };
 
@@ -70,9 +59,6 @@ struct RowStep {
   static WN_INLINE double along_v(const Row& row, double inner) {
     return zero_unless(exists(row), row.rho / row.norm * inner);
   }
-  static WN_INLINE double radius_gradient(const RowState& state, const Row& row, double p) {
-    return (state.kind == Kind::ewn ? row.s * p : p) + state.radius_weight_decay * row.radius;
-  }
 
   // inner = <G, u>, square = |G|^2, infinite or not a number where it left the range. A row that was zero when it was last
   // taken from the weight, with rho = 0, has no direction and stays as it is.
@@ -81,7 +67,8 @@ struct RowStep {
     const double rate = zero_unless(exists(old) & !state.one_column, state.lr * (old.s / old.norm));
     RowStep x;
     x.p = along_v(old, inner);
-    x.radius = old.radius - zero_unless(moves(state, old), state.radius_lr * radius_gradient(state, old, x.p));
+    const double gradient = (state.kind == Kind::ewn ? old.s * x.p : x.p) + state.radius_weight_decay * old.radius;
+    x.radius = old.radius - zero_unless(moves(state, old), state.radius_lr * gradient);
     const double rest = square - x.p * x.p;
     x.across = rest <= 0 ? 0 : rest > 0 ? rest : INFINITY;
     x.along = kept * old.norm;
@@ -123,25 +110,83 @@ struct RowStep {
   }
 };
 
-// The same with momentum: u' = v' before `finish`, which knows its length.
-struct MomentumStep {
-  double radius, radius_buffer;
-  double rho;        // v = rho u
-  double factor;     // of dy in e; dv = e^T x + of_u u
-  double of_u, mu;
+// What a step with buffers makes of a row, or of the bias, which is like a row with k = 1 and no p: the coefficients of the
+// formula's combine(), and the radius with its own buffers, one number of each.
+struct WithMomentum {
+  using Formula = PolarSgd<true, false>;
+  static constexpr int buffers = 1;
+  Momentum momentum;
+  double lr, decay;
 
-  static WN_INLINE MomentumStep of(const RowState& state, const Momentum& momentum, const Row& old, double inner,
-                                   double radius_buffer) {
-    const bool exists = RowStep::exists(old), moves = RowStep::moves(state, old);
+  // v = rho u; turned = -k p/n; all but w' = w + 0 is 0 of a row that has lost its direction.
+  template <class T> WN_INLINE void coefficients(bool exists, double rho, double turned, T* c) const {
+    const auto set = [&](int i, double of_existing) { c[i] = static_cast<T>(zero_unless(exists, of_existing)); };
+    const double along = (decay + turned) * rho;
+    c[0] = static_cast<T>(pick(exists, rho - lr * momentum.of_gradient * along, 1.0));
+    set(1, -lr * momentum.of_gradient);
+    set(2, -lr * momentum.of_buffer);
+    set(3, momentum.weight * along);
+    set(4, momentum.weight);
+    set(5, momentum.mu);
+  }
+  // The radius after its step, by its rate and decay.
+  WN_INLINE double radius(double r, double gradient, double rate, double r_decay, double* buffer) const {
+    gradient += r_decay * r;
+    r -= rate * momentum.direction(gradient, buffer[0]);
+    buffer[0] = momentum.next(gradient, buffer[0]);
+    return r;
+  }
+};
+
+struct WithAverages {
+  using Formula = PolarAdam<false, false>;
+  static constexpr int buffers = 2;
+  double lr, decay, beta1, beta2, eps, correction1, correction2_root;
+  bool decoupled;
+
+  template <class T> WN_INLINE void coefficients(bool exists, double rho, double turned, T* c) const {
+    const auto set = [&](int i, double of_existing) { c[i] = static_cast<T>(zero_unless(exists, of_existing)); };
+    set(Formula::kW, (zero_unless(!decoupled, decay) + turned) * rho);
+    set(Formula::kG, 1);
+    set(Formula::kAlong, 0);
+    set(Formula::kOneMinusBeta1, 1 - beta1);
+    c[Formula::kBeta2] = static_cast<T>(pick(exists, beta2, 1.0));
+    set(Formula::kOneMinusBeta2, 1 - beta2);
+    c[Formula::kCorrection] = static_cast<T>(1 / correction2_root);
+    c[Formula::kEps] = static_cast<T>(eps);
+    c[Formula::kDecayed] = static_cast<T>(pick(exists, (1 - zero_unless(decoupled, lr * decay)) * rho, 1.0));
+    set(Formula::kRate, lr / correction1);
+    c[Formula::kScale] = T(1);
+  }
+  WN_INLINE double radius(double r, double gradient, double rate, double r_decay, double* buffers_of_r) const {
+    AdamNumber x{r, buffers_of_r[0], buffers_of_r[1], 0};
+    x.step<false>(gradient, rate, r_decay, decoupled, beta1, beta2, eps, correction1, correction2_root);
+    buffers_of_r[0] = x.average, buffers_of_r[1] = x.square;
+    return x.value;
+  }
+};
+
+// A row of such a step: u' = v' before `finish`, which knows its length.
+template <class With> struct RowWith {
+  double radius, radius_buffers[With::buffers];
+  double factor;            // of dy in e
+  double rho, turned;       // of With::coefficients
+  bool exists;
+
+  static WN_INLINE RowWith of(const RowState& state, const With& with, const Row& old, double inner,
+                              const double* radius_buffers) {
     const double p = RowStep::along_v(old, inner);
-    const Momentum::Step radius = momentum.of(RowStep::radius_gradient(state, old, p), radius_buffer);
-    MomentumStep x;
-    x.radius = old.radius - zero_unless(moves, state.radius_lr * radius.direction);
-    x.radius_buffer = pick(moves, radius.buffer, radius_buffer);
-    x.rho = pick(exists, old.rho, 1.0);
-    x.factor = zero_unless(exists & !state.one_column, old.s / old.norm);
-    x.of_u = zero_unless(exists, (state.weight_decay - x.factor * p / old.norm) * old.rho);
-    x.mu = zero_unless(exists, momentum.mu);
+    const bool moves = RowStep::moves(state, old);
+    RowWith x;
+    std::copy_n(radius_buffers, With::buffers, x.radius_buffers);
+    x.radius = with.radius(old.radius, state.kind == Kind::ewn ? old.s * p : p, state.radius_lr, state.radius_weight_decay,
+                           x.radius_buffers);
+    x.radius = pick(moves, x.radius, old.radius);
+    for (int i = 0; i < With::buffers; ++i) x.radius_buffers[i] = pick(moves, x.radius_buffers[i], radius_buffers[i]);
+    x.exists = RowStep::exists(old);
+    x.factor = zero_unless(x.exists & !state.one_column, old.s / old.norm);
+    x.rho = old.rho;
+    x.turned = -x.factor * p / old.norm;
     return x;
   }
 

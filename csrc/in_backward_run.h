@@ -1,8 +1,6 @@
 // A step inside the backward as its operators hand it to a backend, checked, and the backend on a GPU.
 #pragma once
 
-#include <optional>
-
 #include "in_backward.h"
 #include "tensors.h"
 
@@ -13,9 +11,6 @@ struct Arguments {
   RowState state;
   double bias_lr, bias_weight_decay, sign;
   bool polar, need_x, measure, refresh;
-  std::optional<Momentum> momentum, of_bias;  // with momentum alone, and of the bias where that has some
-  Tensor buffer, bias_buffer;
-  double* radius_buffer;
 };
 
 namespace cuda {

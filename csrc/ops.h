@@ -85,15 +85,16 @@ at::Tensor in_backward_sgd_(const at::Tensor& grad, const at::Tensor& x, const s
                             const std::optional<at::Tensor>& norm, const std::optional<at::Tensor>& bias,
                             const std::optional<at::Tensor>& telemetry, string_view kind,
                             at::ArrayRef<double> numbers, bool maximize, bool keep_norm, bool refresh, bool need_x);
-at::Tensor in_backward_momentum_(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& z,
-                                 const at::Tensor& weight, const std::optional<at::Tensor>& scale,
-                                 const std::optional<at::Tensor>& rho, const std::optional<at::Tensor>& radius,
-                                 const std::optional<at::Tensor>& norm, const std::optional<at::Tensor>& bias,
-                                 const at::Tensor& momentum_buffer,
-                                 const std::optional<at::Tensor>& radius_momentum_buffer,
-                                 const std::optional<at::Tensor>& bias_momentum_buffer, string_view kind,
-                                 at::ArrayRef<double> numbers, bool nesterov, bool maximize, bool keep_norm,
-                                 bool need_x);
+// The same where the optimizer keeps buffers, SGD's of momentum or, with `averages`, Adam's; option: nesterov, or decoupled
+// decay. numbers: lr, radius_lr, weight_decay, radius_weight_decay, of the bias lr and weight_decay, and then momentum and the
+// weight of the gradient in it, or beta1, beta2, eps and the count of steps with this one.
+at::Tensor in_backward_buffers_(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& z, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& rho,
+                            const std::optional<at::Tensor>& radius, const std::optional<at::Tensor>& norm,
+                            const std::optional<at::Tensor>& bias, at::TensorList buffers, at::TensorList radius_buffers,
+                            at::TensorList bias_buffers, string_view kind, at::ArrayRef<double> numbers,
+                            at::ArrayRef<double> bias_numbers, bool averages, bool option, bool maximize, bool keep_norm,
+                            bool need_x);
 }  // namespace op
 
 // The same mathematics in at:: operations: differentiable to any order, in any mode and transform.

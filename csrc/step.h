@@ -108,6 +108,34 @@ struct PolarRow {
 // units in the last place; an edit that small changes nothing either.
 constexpr double edit_tolerance(bool f64) { return f64 ? 1e-12 : 1e-5; }
 
+// A step of gradient g goes along of_gradient g + of_buffer m, and m' = mu m + weight g.
+struct Momentum {
+  double mu, weight;  // weight: 1 on the first step, then 1 - dampening
+  double of_gradient, of_buffer;
+
+  static WN_INLINE Momentum of(double mu, double weight, bool nesterov) {
+    return {mu, weight, pick(nesterov, 1 + mu * weight, weight), pick(nesterov, mu * mu, mu)};
+  }
+  WN_INLINE double direction(double gradient, double buffer) const { return of_gradient * gradient + of_buffer * buffer; }
+  WN_INLINE double next(double gradient, double buffer) const { return mu * buffer + weight * gradient; }
+};
+
+// Adam of one number, by the corrections 1 - beta1^step and sqrt(1 - beta2^step).
+struct AdamNumber {
+  double value, average, square, largest;
+
+  template <bool amsgrad>
+  WN_INLINE void step(double gradient, double lr, double decay, bool decoupled, double beta1, double beta2, double eps,
+                      double correction1, double correction2_root) {
+    gradient += zero_unless(!decoupled, decay * value);
+    average += (1 - beta1) * (gradient - average);
+    square = beta2 * square + (1 - beta2) * gradient * gradient;
+    largest = larger(largest, square);
+    value *= 1 - zero_unless(decoupled, lr * decay);
+    value -= lr / correction1 * average / (::sqrt(amsgrad ? largest : square) / correction2_root + eps);
+  }
+};
+
 // A difference of squares keeps less than this part of its terms: its rounding error could reach a part in 1e4.
 constexpr double kCancellation = 1e-3;
 
@@ -133,8 +161,7 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
 
   // d = A t + B G + C m for the G that was read, of which A + B p + C q = d_along lies along t.
   struct Update {
-    double mu, weight;   // m' = mu m + weight dv
-    double factor;       // of dv in d
+    Momentum momentum;
     double A, B, C;
     double q;            // <m, t>
     double d_along;
@@ -143,20 +170,18 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
   template <class A_>
   WN_INLINE Update update(int64_t row, const PolarRow::State& x, const A_* gram, const int* e) const {
     Update u;
-    u.mu = u.C = u.q = 0;
-    u.weight = u.factor = 1;
+    u.momentum = {0, 1, 1, 0};
+    u.q = 0;
     if constexpr (with_momentum) {
-      u.mu = momentum.at<double>(row);
-      u.weight = gradient_weight.at<double>(row);
-      u.factor = pick(nesterov, 1 + u.mu * u.weight, u.weight);
-      u.C = pick(nesterov, u.mu * u.mu, u.mu);
+      u.momentum = Momentum::of(momentum.at<double>(row), gradient_weight.at<double>(row), nesterov);
       const double root = ::sqrt(static_cast<double>(gram[0]));
       u.q = x.sign * shifted(PolarRow::along_t(root, gram[3]), e[2]);
     }
-    const double decay = rows.weight_decay.at<double>(row) * x.n;
-    u.A = u.factor * (decay - x.k * x.p);
-    u.B = u.factor * x.k * x.G_scale;
-    u.d_along = u.factor * decay + u.C * u.q;
+    const double decay = rows.weight_decay.at<double>(row) * x.n, factor = u.momentum.of_gradient;
+    u.A = factor * (decay - x.k * x.p);
+    u.B = factor * x.k * x.G_scale;
+    u.C = u.momentum.of_buffer;
+    u.d_along = factor * decay + u.C * u.q;
     const double b = shifted(u.B, e[1]);
     u.d_perp_square = b * b * x.G_perp_square;
     u.terms = b * b * x.G_square;
@@ -211,9 +236,9 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     const bool exists = x.length != 0, moves = exists & (rows.kind != Kind::unit);
     double mr = 0, dr = rows.radius_gradient(x, row);
     if constexpr (with_momentum) {
-      mr = radius_momentum[row];
-      mr = pick(moves, u.mu * mr + u.weight * dr, mr);
-      dr = pick(nesterov, dr + u.mu * mr, mr);
+      const double gradient = dr, before = radius_momentum[row];
+      dr = u.momentum.direction(gradient, before);
+      mr = pick(moves, u.momentum.next(gradient, before), before);
     }
     const double r = x.r - zero_unless(moves, rows.radius_lr.at<double>(row) * dr);
     const double s = signed_radius(rows.kind, r), lr = rows.lr.at<double>(row);
@@ -237,9 +262,9 @@ template <bool with_momentum, bool with_copy> struct PolarSgd {
     if constexpr (with_momentum) {
       c[2] = coefficient(shifted(scale * of_m, e[2]));
       const double decay = rows.weight_decay.at<double>(row) * x.n;
-      c[3] = coefficient(shifted(u.weight * (decay - x.k * x.p) * unit_w, e[0]));
-      c[4] = coefficient(shifted(u.weight * x.k * x.G_scale, e[1]));
-      c[5] = coefficient(shifted(u.mu, e[2]));
+      c[3] = coefficient(shifted(u.momentum.weight * (decay - x.k * x.p) * unit_w, e[0]));
+      c[4] = coefficient(shifted(u.momentum.weight * x.k * x.G_scale, e[1]));
+      c[5] = coefficient(shifted(u.momentum.mu, e[2]));
     }
     rows.report(x, r, pick(rows.retraction == Retraction::project, n, x.n), G_perp, perp_square, along, result);
     result[PolarRow::results] = mr;
@@ -356,23 +381,22 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
   template <class A>
   WN_INLINE void solve(int64_t row, const A* gram, const int* e, const A* sums, A* c, double* result) const {
     const PolarRow::State x = rows.before(row, gram, e);
-    double average = radius_average[row], square = radius_square[row], largest = 0;
-    if constexpr (amsgrad) largest = radius_largest[row];
-    double r = x.r, n = x.n, G_perp = 0, perp_square = 0, along = 1;
+    AdamNumber radius{x.r, radius_average[row], radius_square[row], 0};
+    if constexpr (amsgrad) radius.largest = radius_largest[row];
+    double n = x.n, G_perp = 0, perp_square = 0, along = 1;
     if (sums != nullptr) {
       const Corrections correction = corrections(row);
       const double lr = rows.lr.at<double>(row), rate = lr / correction.first, decay = rows.weight_decay.at<double>(row);
-      const double radius_lr = rows.radius_lr.at<double>(row), r_decay = rows.radius_weight_decay.at<double>(row);
+      AdamNumber moved = radius;
+      moved.step<amsgrad>(rows.kind == Kind::ewn ? x.s * x.p : x.p, rows.radius_lr.at<double>(row),
+                          rows.radius_weight_decay.at<double>(row), decoupled, beta1.at<double>(row), beta2.at<double>(row),
+                          eps.at<double>(row), correction.first, correction.second_root);
       const bool moves = rows.kind != Kind::unit;
-      const double dr = (rows.kind == Kind::ewn ? x.s * x.p : x.p) + zero_unless(!decoupled, r_decay * r);
-      const double b2 = beta2.at<double>(row);
-      average += zero_unless(moves, (1 - beta1.at<double>(row)) * (dr - average));
-      square = pick(moves, b2 * square + (1 - b2) * dr * dr, square);
-      largest = larger(largest, square);
-      r *= 1 - zero_unless(moves & decoupled, radius_lr * r_decay);
-      r -= zero_unless(moves, radius_lr / correction.first * average /
-                                  (::sqrt(amsgrad ? largest : square) / correction.second_root + eps.at<double>(row)));
-      const double s = signed_radius(rows.kind, r);
+      radius.value = pick(moves, moved.value, radius.value);
+      radius.average = pick(moves, moved.average, radius.average);
+      radius.square = pick(moves, moved.square, radius.square);
+      radius.largest = pick(moves, moved.largest, radius.largest);
+      const double s = signed_radius(rows.kind, radius.value);
       const double U_along = x.sign * sums[1] / ::sqrt(static_cast<double>(gram[0]));
       perp_square = rate * rate * larger(0.0, static_cast<double>(sums[0]) - U_along * U_along);
       along = x.n * (1 - zero_unless(decoupled, lr * decay)) - rate * U_along;
@@ -381,10 +405,10 @@ template <bool amsgrad, bool with_copy> struct PolarAdam {
       c[kScale] = static_cast<A>(zero_unless(n > 0, finite(s * (x.n / n))));
       n = pick(rows.retraction == Retraction::renormalize, x.n, n);
     }
-    rows.report(x, r, n, G_perp, perp_square, along, result);
-    result[PolarRow::results] = average;
-    result[PolarRow::results + 1] = square;
-    result[PolarRow::results + 2] = largest;
+    rows.report(x, radius.value, n, G_perp, perp_square, along, result);
+    result[PolarRow::results] = radius.average;
+    result[PolarRow::results + 1] = radius.square;
+    result[PolarRow::results + 2] = radius.largest;
   }
   template <class A> WN_INLINE bool exact(const A* c) const {
     return full_precision(c[kW]) & full_precision(c[kG]) & full_precision(c[kDecayed]) & full_precision(c[kScale]) &

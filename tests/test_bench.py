@@ -222,7 +222,7 @@ def test_optimizers_and_steps_in_the_backward_run(monkeypatch, options):
     for name, settings in optimizers.OPTIMIZERS.items():
         for provider in optimizers.providers(*settings[:3]):
             training.timed("step", *optimizers.parts("tiny", name, provider, "cpu"))()
-    for case in (in_backward.FLOAT32, in_backward.MOMENTUM, in_backward.BFLOAT16):
+    for case in (in_backward.FLOAT32, *in_backward.BUFFERS.values(), in_backward.BFLOAT16):
         rows = in_backward.run(case, 64, 3, 0)
         assert [r["provider"] for r in rows] == list(case.providers)
         assert sum("bytes_per_element" in r for r in rows) >= 4

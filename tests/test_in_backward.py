@@ -25,7 +25,13 @@ OPTIONS = [
     dict(lr=0.1, momentum=0.7, dampening=0.4, radius_lr_ratio=0.3),
     dict(lr=0.05, momentum=0.8, retraction="renormalize"),
     dict(lr=0.002, momentum=0.5, maximize=True, weight_decay=0.1),
+    dict(make=PolarAdamW, lr=0.003, eps=1e-3),
+    dict(make=PolarAdam, lr=0.003, eps=1e-3, weight_decay=0.01, radius_weight_decay=0.02, betas=(0.8, 0.9)),
+    dict(make=PolarAdamW, lr=0.003, eps=1e-3, radius_weight_decay=0.1, radius_lr_ratio=0.3),
+    dict(make=PolarAdam, lr=0.003, eps=1e-3, retraction="renormalize"),
+    dict(make=PolarAdamW, lr=0.001, eps=1e-3, maximize=True),
 ]
+WITH_BUFFERS = [dict(momentum=0.9, lr=0.05), dict(make=PolarAdamW, lr=0.003, eps=1e-3)]
 
 
 def mlp(*widths, bias=True):
@@ -82,7 +88,7 @@ def test_five_hundred_steps_are_those_of_the_optimizer(kind, options):
     assert distance(plain[0], inside[0]) < 1e-10
     for p, q in zip(*(m.parameters() for m in (plain[0], inside[0]))):
         for name, value in plain[1].state.get(p, {}).items():
-            least = 1e-10 * value.abs().max().item() if "momentum" in name else 0
+            least = 1e-10 * value.abs().max().item() if "momentum" in name or "exp_avg" in name else 0
             torch.testing.assert_close(value, inside[1].state[q][name], rtol=1e-10, atol=least)
 
 
@@ -105,12 +111,13 @@ def test_the_scale_is_folded_back_many_times(kind):
 @pytest.mark.parametrize("batch", [1, 3, 40, 600])  # |G|^2 by the Gram matrix or the new rows; own products, or not
 @pytest.mark.parametrize("width", [(11, 17), (520, 600)])
 @pytest.mark.parametrize("kind", ["ewn", None])
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_every_path_of_the_product(batch, width, kind, momentum):
+@pytest.mark.parametrize("options", [{}, *WITH_BUFFERS], ids=str)
+def test_every_path_of_the_product(batch, width, kind, options):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        plain, inside, _ = twins(mlp(*width, 5), kind, lr=0.3 if kind else 0.01, momentum=momentum)
+        lr = options.get("lr", 0.3) / (1 if kind else 30)  # plain weights diverge sooner
+        plain, inside, _ = twins(mlp(*width, 5), kind, **{**options, "lr": lr})
         for _ in range(12):
             x, y = batch_for(plain[0], batch)
             dx = []
@@ -184,9 +191,9 @@ def test_products_with_momentum_of_any_size(threads, dtype, batch, rows, width, 
         x, dy = torch.randn(batch, width, dtype=dtype), torch.randn(batch, rows, dtype=dtype)
         u, m, bias, bias_m = (torch.randn(size, dtype=dtype) for size in ((rows, width), (rows, width), (rows,), (rows,)))
         old = [t.to(torch.float64, copy=True) for t in (u, m, bias, bias_m)]
-        numbers = [0.1, 0.0, 0.3, 0.0, 0.2, 0.5, 0.9, 0.6, 0.8, 1.0]
-        dx = _C.in_backward_momentum_(dy, x, None, u, None, None, None, None, bias, m, None, bias_m, "swn", numbers,
-                                      nesterov, True, False, True)
+        dx = _C.in_backward_buffers_(
+            dy, x, None, u, None, None, None, None, bias, [m], [], [bias_m], "swn", [0.1, 0.0, 0.3, 0.0, 0.9, 0.6],
+            [0.2, 0.5, 0.8, 1.0], False, nesterov, True, False, True)
     finally:
         torch.set_num_threads(before)
     x, dy = x.double(), dy.double()
@@ -205,9 +212,10 @@ def test_products_with_momentum_of_any_size(threads, dtype, batch, rows, width, 
         assert ((got - exact).abs() <= 20 * torch.finfo(dtype).eps * size).all()
 
 
-def test_no_gradient_of_a_weight_with_momentum():
+@pytest.mark.parametrize("options", WITH_BUFFERS, ids=str)
+def test_buffers_go_without_a_gradient(options):
     seen = []
-    plain, inside, _ = twins(mlp(5, 6, 2), "swn", momentum=0.9)
+    plain, inside, _ = twins(mlp(5, 6, 2), "swn", **options)
     for p in inside[0].parameters():
         p.register_hook(seen.append)
     for _ in range(3):
@@ -218,6 +226,29 @@ def test_no_gradient_of_a_weight_with_momentum():
     assert distance(plain[0], inside[0]) < 1e-13
     for p, q in zip(plain[0].parameters(), inside[0].parameters()):
         assert plain[1].state[p].keys() == inside[1].state[q].keys()
+
+
+@pytest.mark.parametrize("switch", [3, 4, 9])
+def test_adam_by_turns_with_and_without_a_gradient(switch):
+    plain, inside, handle = twins(mlp(5, 6, 2), "swn", PolarAdamW, lr=0.01, eps=1e-3)
+    for i in range(12):
+        x, y = batch_for(plain[0], 600 if i % switch == 1 else 7)
+        step(*plain, x, y)
+        step(*inside, x, y)
+        if i == 6:
+            handle.remove()
+            handle = in_backward(*inside)
+        if i == 9:
+            for _, optimizer in (plain, inside):
+                optimizer.load_state_dict(optimizer.state_dict())
+    handle.remove()
+    for _ in range(3):
+        x, y = batch_for(plain[0], 5)
+        step(*plain, x, y)
+        step(*inside, x, y)
+    assert distance(plain[0], inside[0]) < 1e-12
+    for p, q in zip(plain[0].parameters(), inside[0].parameters()):
+        assert plain[1].state[p]["step"] == inside[1].state[q]["step"] == 15
 
 
 @pytest.mark.parametrize("of_bias", [dict(momentum=0.0), dict(momentum=0.5), dict(momentum=0.5, nesterov=True)], ids=str)
@@ -241,9 +272,8 @@ def test_a_bias_with_a_momentum_of_its_own(of_bias, momentum):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [3, 16])  # |G|^2 by the Gram matrix, or the new rows
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_float32_drifts_no_more_than_the_optimizer_does(dtype, batch, momentum):
-    options = dict(lr=0.03 if momentum else 0.3, momentum=momentum)
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+def test_float32_drifts_no_more_than_the_optimizer_does(dtype, batch, options):
     exact, _, _ = twins(mlp(40, 50, 10), "swn", **options)
     model = copy.deepcopy(exact[0]).to(dtype)
     plain, inside, _ = twins(model, "swn", **options)
@@ -272,7 +302,8 @@ def test_inputs_of_any_shape_and_layout():
     (PolarSGD, dict(momentum=0.9)),
     (PolarSGD, dict(momentum=0.9, nesterov=True, weight_decay=0.1)),
     (PolarSGD, dict(retraction="geodesic")),
-    (PolarAdam, dict(lr=0.01)),
+    (PolarAdam, dict(lr=0.01, eps=1e-3)),  # which keeps the noise of a bias before BatchNorm small
+    (PolarAdam, dict(lr=0.01, telemetry=True, eps=1e-3)),
     (PolarAdamW, dict(lr=0.01, amsgrad=True)),
 ], ids=str)  # fmt: skip
 def test_everything_else_goes_by_its_gradient(make, options):
@@ -367,9 +398,9 @@ def test_rates_for_each_row_go_by_the_gradient():
 
 
 @pytest.mark.parametrize("batch", [4, 60])
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_telemetry(batch, momentum):
-    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.2, weight_decay=0.1, telemetry=True, momentum=momentum)
+@pytest.mark.parametrize("options", [dict(lr=0.2), *WITH_BUFFERS], ids=str)
+def test_telemetry(batch, options):
+    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", weight_decay=0.1, telemetry=True, **options)
     for _ in range(10):
         x, y = batch_for(plain[0], batch)
         step(*plain, x, y)
@@ -450,10 +481,10 @@ def test_one_step_with_momentum_from_any_state(kind, size, options):
     expected = reference.polar_sgd_step(
         w, dy.t() @ x, radius, norm, {"momentum_buffer": m.clone(), "radius_momentum_buffer": radius_m.clone()}, kind=kind,
         lr=0.3, radius_lr=radius_lr, weight_decay=0.2, radius_weight_decay=0.05, **options)
-    numbers = [0.3, radius_lr, 0.2, 0.05, 0.0, 0.0, options["momentum"], 1 - options.get("dampening", 0.0), 0.0, 1.0]
+    numbers = [0.3, radius_lr, 0.2, 0.05, options["momentum"], 1 - options.get("dampening", 0.0)]
     scale = s * rho / norm
-    dx = _C.in_backward_momentum_(dy, x, None, u, scale, rho, radius, norm, None, m, radius_m, None, kind, numbers,
-                                  options.get("nesterov", False), False, False, True)
+    dx = _C.in_backward_buffers_(dy, x, None, u, scale, rho, radius, norm, None, [m], [radius_m], [], kind, numbers, [],
+                                 False, options.get("nesterov", False), False, False, True)
     torch.testing.assert_close(dx, dy @ w, rtol=1e-12, atol=1e-12 * size)
     close = dict(rtol=1e-9, atol=1e-11 * size)
     torch.testing.assert_close(scale.unsqueeze(1) * u, expected.weight, **close)
@@ -465,6 +496,54 @@ def test_one_step_with_momentum_from_any_state(kind, size, options):
         torch.testing.assert_close(radius_m, expected.state["radius_momentum_buffer"], **close)
 
 
+@pytest.mark.parametrize("kind", ["swn", "ewn", "unit"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_one_step_of_adam_from_any_state(kind, decoupled):
+    rows, width, batch = 20, 9, 7
+    u, radius, norm = torch.randn(rows, width).double(), torch.randn(rows).double(), torch.rand(rows).double() + 0.5
+    rho = norm / u.norm(dim=1) * torch.randn(rows).sign()
+    averages = [torch.randn(rows, width).double(), torch.rand(rows, width).double()]
+    of_radius = [torch.randn(rows).double(), torch.rand(rows).double()]
+    x, dy = torch.randn(batch, width).double(), torch.randn(batch, rows).double()
+    s = radius.exp() if kind == "ewn" else radius
+    w = (s * rho / norm).unsqueeze(1) * u
+    names = "exp_avg", "exp_avg_sq"
+    state = {"step": 4} | {k + n: t.clone() for k, ts in (("", averages), ("radius_", of_radius)) for n, t in zip(names, ts)}
+    expected = reference.polar_adam_step(
+        w, dy.t() @ x, radius, norm, state, kind=kind, lr=0.3, radius_lr=0.1, weight_decay=0.2, radius_weight_decay=0.05,
+        betas=(0.8, 0.9), eps=1e-2, decoupled=decoupled)
+    scale = s * rho / norm
+    dx = _C.in_backward_buffers_(dy, x, None, u, scale, rho, radius, norm, None, averages, of_radius, [], kind,
+                                 [0.3, 0.1, 0.2, 0.05, 0.8, 0.9, 1e-2, 5.0], [], True, decoupled, False, False, True)
+    close = dict(rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(dx, dy @ w, **close)
+    torch.testing.assert_close(scale.unsqueeze(1) * u, expected.weight, **close)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(averages[i], expected.state[name], **close)
+        if kind != "unit":
+            torch.testing.assert_close(of_radius[i], expected.state["radius_" + name], **close)
+    torch.testing.assert_close(radius, expected.radius, **close)
+    torch.testing.assert_close(norm, expected.norm, **close)
+    torch.testing.assert_close(rho * u.norm(dim=1), norm, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("option", [False, True])
+@pytest.mark.parametrize("averages", [False, True])
+def test_a_lost_row_keeps_what_it_has(averages, option):
+    u, m = torch.randn(3, 4), [torch.rand(3, 4) for _ in range(1 + averages)]
+    u[1] = 0
+    rho, radius, norm = torch.tensor([1.0, 0.0, 1.0]).double(), torch.ones(3).double(), torch.ones(3).double()
+    scale, of_radius = torch.tensor([1.0, 0.0, 1.0]), [torch.rand(3).double() for _ in m]
+    before = [t[1].clone() for t in (radius, norm, *of_radius)]
+    rule = [0.8, 0.9, 1e-8, 5.0] if averages else [0.9, 1.0]
+    _C.in_backward_buffers_(torch.randn(2, 3), torch.randn(2, 4), None, u, scale, rho, radius, norm, None, m, of_radius, [],
+                            "swn", [0.1] * 4 + rule, [], averages, option, False, False, True)
+    assert (u[1] == 0).all() and rho[1] == 0 and scale[1] == 0
+    for value, t in zip(before, (radius, norm, *of_radius)):
+        assert value == t[1]
+    assert all(t.isfinite().all() for t in (u, *m, rho, scale))
+
+
 def test_a_batch_of_none_only_decays():
     u, norm = torch.randn(3, 4).double(), torch.ones(3).double()
     state = one_step("swn", u, norm / u.norm(dim=1), norm, norm, torch.randn(0, 3).double(), torch.randn(0, 4).double(),
@@ -473,9 +552,9 @@ def test_a_batch_of_none_only_decays():
     torch.testing.assert_close(state[4], torch.full((3,), 0.9).double())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_one_column_has_nothing_to_turn(momentum):
-    plain, inside, _ = twins(mlp(1, 5, 2), "swn", lr=0.1, momentum=momentum)
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+def test_one_column_has_nothing_to_turn(options):
+    plain, inside, _ = twins(mlp(1, 5, 2), "swn", **options)
     for _ in range(20):
         x, y = batch_for(plain[0], 3)
         step(*plain, x, y)
@@ -484,11 +563,11 @@ def test_one_column_has_nothing_to_turn(momentum):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_bad_gradient_stays_in_its_row(bad, momentum):
+@pytest.mark.parametrize("options", [{}, *WITH_BUFFERS], ids=str)
+def test_a_bad_gradient_stays_in_its_row(bad, options):
     torch.manual_seed(3)
     model = mlp(4, 6)
-    inside = in_backward(model, optimizer_of(model, momentum=momentum))
+    inside = in_backward(model, optimizer_of(model, **options))
     other = model[0](torch.randn(3, 4).double())
     grad = torch.randn_like(other)
     grad[1, 2] = bad
@@ -512,10 +591,10 @@ def test_gradients_at_the_ends_of_float32_give_finite_weights(size, momentum):
     assert state.rho.isfinite().all() and state.scale.isfinite().all()
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_radius_of_zero_and_below(momentum):
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+def test_a_radius_of_zero_and_below(options):
     model, other = mlp(6, 4), None
-    plain, inside, handle = twins(model, "swn", lr=0.1, momentum=momentum)
+    plain, inside, handle = twins(model, "swn", **options)
     for _, optimizer in (plain, inside):
         for p, state in optimizer.state.items():
             if "radius" in state:
@@ -590,46 +669,48 @@ def test_a_gradient_whose_square_leaves_float32_is_measured(size, batch):
     torch.testing.assert_close(scale.double().unsqueeze(1) * u.double(), expected.weight, rtol=1e-4, atol=1e-5)
 
 
-def with_momentum(**changes):
-    given = arguments()
-    del given["telemetry"], given["refresh"]
-    made = {}
+def with_buffers(**changes):
+    made, given = {}, arguments()
+    del given["telemetry"], given["refresh"], given["numbers"]
     for name, value in given.items():
         if name == "kind":
-            made |= dict(momentum_buffer=torch.zeros(3, 4), radius_momentum_buffer=torch.zeros(3).double(),
-                         bias_momentum_buffer=torch.zeros(3))
+            made |= dict(buffers=[torch.zeros(3, 4)], radius_buffers=[torch.zeros(3).double()],
+                         bias_buffers=[torch.zeros(3)])
         if name == "maximize":
-            made["nesterov"] = False
+            made |= dict(numbers=[0.1] * 6, bias_numbers=[0.1] * 4, averages=False, option=False)
         made[name] = value
-    return {**made, "numbers": [0.1] * 10, **changes}
+    return {**made, **changes}
 
 
 @pytest.mark.parametrize("changes, error, words", [
     (dict(grad=torch.randn(2, 4)), ValueError, "grad must have shape"),
-    (dict(numbers=[0.1] * 6), ValueError, "numbers must have 10"),
-    (dict(momentum_buffer=torch.zeros(4, 3)), ValueError, "momentum_buffer must be contiguous of shape"),
-    (dict(momentum_buffer=torch.zeros(4, 3).t()), ValueError, "momentum_buffer must be contiguous of shape"),
-    (dict(momentum_buffer=torch.zeros(3, 4).double()), TypeError, "momentum_buffer must be Float"),
-    (dict(radius_momentum_buffer=None), ValueError, "radius_momentum_buffer must be given with scale"),
-    (dict(radius_momentum_buffer=torch.zeros(3)), TypeError, "radius_momentum_buffer must be float64"),
-    (dict(bias_momentum_buffer=torch.zeros(2)), ValueError, "bias_momentum_buffer must be contiguous of shape"),
-    (dict(bias=None), ValueError, "bias_momentum_buffer must be given with bias"),
+    (dict(numbers=[0.1] * 5), ValueError, "numbers must have 6"),
+    (dict(averages=True), ValueError, "numbers must have 8"),
+    (dict(averages=True, numbers=[0.1] * 8), ValueError, "buffers must hold 2 tensors, got 1"),
+    (dict(bias_numbers=[0.1] * 2), ValueError, "bias_numbers must have 4"),
+    (dict(buffers=[torch.zeros(4, 3)]), ValueError, "buffers must be contiguous of shape"),
+    (dict(buffers=[torch.zeros(4, 3).t()]), ValueError, "buffers must be contiguous of shape"),
+    (dict(buffers=[torch.zeros(3, 4).double()]), TypeError, "buffers must have the dtype Float"),
+    (dict(radius_buffers=[]), ValueError, "radius_buffers must hold 1"),
+    (dict(radius_buffers=[torch.zeros(3)]), TypeError, "radius_buffers must be float64"),
+    (dict(bias_buffers=[torch.zeros(2)]), ValueError, "bias_buffers must be contiguous of shape"),
+    (dict(bias=None), ValueError, "bias_buffers must hold 0"),
     (dict(grad=torch.randn(513, 3), x=torch.randn(513, 4)), ValueError, "batches of 1 to 512 on a CPU, got a batch of 513"),
 ], ids=lambda x: None)  # fmt: skip
-def test_bad_momentum_is_named_and_nothing_is_written(changes, error, words):
-    given = with_momentum(**changes)
+def test_bad_buffers_are_named_and_nothing_is_written(changes, error, words):
+    given = with_buffers(**changes)
     before = copy.deepcopy(given)
     with pytest.raises(error, match=words):
-        _C.in_backward_momentum_(*given.values())
+        _C.in_backward_buffers_(*given.values())
     for name, value in given.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, before[name])
+        pairs = [(value, before[name])] if isinstance(value, torch.Tensor) else zip(value, before[name]) if "buffers" in name else ()
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_opcheck():
     given = arguments()
     torch.library.opcheck(torch.ops.wnkernels.in_backward_sgd_.default, tuple(given.values()))
-    torch.library.opcheck(torch.ops.wnkernels.in_backward_momentum_.default, tuple(with_momentum().values()))
+    torch.library.opcheck(torch.ops.wnkernels.in_backward_buffers_.default, tuple(with_buffers().values()))
     torch.library.opcheck(torch.ops.wnkernels.in_backward_linear.default,
                           (*(given[name] for name in ("x", "weight", "scale", "bias")), True))
 
@@ -861,9 +942,9 @@ def test_edits_are_picked_up_or_refused():
         inside[0](x)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_resuming_from_state_dicts(momentum):
-    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.1, momentum=momentum)
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+def test_resuming_from_state_dicts(options):
+    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", **options)
     batches = [batch_for(plain[0], 3) for _ in range(20)]
     for x, y in batches[:10]:
         step(*plain, x, y)
@@ -880,9 +961,9 @@ def test_resuming_from_state_dicts(momentum):
         assert distance(plain[0], inside[0]) < 1e-12
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_optimizers_methods_see_true_weights(momentum):
-    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", lr=0.1, momentum=momentum)
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+def test_the_optimizers_methods_see_true_weights(options):
+    plain, inside, _ = twins(mlp(5, 6, 2), "ewn", **options)
     batches = [batch_for(plain[0], 3) for _ in range(12)]
     for model, optimizer in (plain, inside):
         for i, (x, y) in enumerate(batches):

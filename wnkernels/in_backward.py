@@ -12,10 +12,10 @@
   which the host never waits for. Per step the weight is read three times and written once, where plain SGD needs
   six passes; batches up to 512 on a CPU read it only twice. In float64 the weights are those of PolarSGD. Layers that
   PolarSGD takes as plain (``kind=None``) are stepped by the same product.
-- With momentum the same product goes through the buffer, which is read and written once more: on a CPU, for batches up
-  to 512, and without telemetry. Of plain layers too.
-- Everything else (convolutions, embeddings, momentum elsewhere, Adam, tied or 16-bit weights, rates for each row or on a
-  CUDA device) has its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
+- With momentum, and with Adam but for amsgrad, the same product goes through the optimizer's buffers, which are read and
+  written once more: on a CPU, for batches up to 512, and without telemetry. Of plain layers too.
+- Everything else (convolutions, embeddings, momentum and Adam elsewhere, tied or 16-bit weights, rates for each row or on
+  a CUDA device) has its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
 
 One backward is one step, and `optimizer.step()` must follow it: a second backward before that is refused,
 since gradient accumulation would have to wait for the sum. So are, where they can be seen, other things that
@@ -51,7 +51,7 @@ from . import _C, functional, optim
 
 __all__ = ["InBackward", "in_backward"]
 
-# Batches that a CPU's products of a step with momentum take.
+# Batches that a CPU's products of a step with buffers take.
 LARGEST_BATCH = 512
 # So often is the length of the rows measured, which is otherwise known from the step.
 REFRESH = 256
@@ -100,6 +100,7 @@ class InBackward:
         self._handles.append(optimizer.register_step_pre_hook(self._refuse_scaling))
         self._handles.append(optimizer.register_step_post_hook(self._count))
         optimizer._inside = self
+        optimizer._plans.clear()  # those of other steps hold state that is replaced here
 
     def fold(self) -> None:
         """Writes the true weights into all parameters."""
@@ -119,6 +120,7 @@ class InBackward:
         for handle in self._handles:
             handle.remove()
         self.layers, self._handles, self.optimizer._inside = {}, [], None
+        self.optimizer._plans.clear()
 
     # ------------------------------------------------------------------------------------------------------- parameters
 
@@ -139,8 +141,8 @@ class InBackward:
         for p, modules in owners.items():
             module = modules[0]
             if p not in self.tied and type(module) is nn.Linear and p is module.weight and p in self.places:
-                stepped = isinstance(self.optimizer, optim.PolarSGD) and _is_linear_step(self.group(p))
-                stepped = stepped and (p.is_cpu or self.group(p)["momentum"] == 0)
+                group = self.group(p)
+                stepped = _is_row_step(group) and (p.is_cpu or not _keeps_buffers(group))
                 supported = p.dtype in (torch.float32, torch.float64) and p.is_contiguous()
                 supported = supported and (p.is_cpu or p.is_cuda and bool(_C.build_info["cuda"]))
                 if stepped and supported and p.numel():
@@ -197,11 +199,20 @@ def _refuse_processes() -> None:
         )
 
 
-def _is_linear_step(group: dict) -> bool:
-    """Whether the step is linear in the gradient, up to factors of rows, by numbers that the host has."""
+def _keeps_buffers(group: dict) -> bool:
+    return group.get("momentum") != 0
+
+
+def _option(group: dict) -> bool:
+    """What the rule of a step with buffers asks beside numbers: nesterov, or whether decay is decoupled."""
+    return group["decoupled_weight_decay"] if "betas" in group else group["nesterov"]
+
+
+def _is_row_step(group: dict) -> bool:
+    """Whether the step of a row is made of its gradient and of numbers that the host has."""
     if group["kind"] is not None and (group["dim"] not in (0, -2) or group["retraction"] == "geodesic"):
         return False
-    return not any(
+    return not group.get("amsgrad") and not any(
         isinstance(group[option], Tensor) and (group[option].numel() != 1 or not group[option].is_cpu)
         for option in ("lr", "weight_decay", "radius_weight_decay", "radius_lr_ratio")
     )
@@ -400,9 +411,7 @@ class _Layer:
             self._reread()
         group = inside.group(weight)
         rows = dy.reshape(-1, dy.shape[-1])
-        momentum = group["momentum"] != 0
-        by_product = _is_linear_step(group) and not (momentum and not self._takes_momentum(group, len(rows)))
-        if not needs[1] or self.shared or not by_product:
+        if not needs[1] or self.shared or not self._by_product(group, len(rows)):
             if needs[0] and not low:
                 dx = (dy if self.folded or self.scale is None else dy * self.scale) @ weight
             dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if needs[1] else None
@@ -420,7 +429,7 @@ class _Layer:
         lr = float(group["lr"])
         numbers = [lr, lr * float(group["radius_lr_ratio"]), float(group["weight_decay"]),
                    float(group["radius_weight_decay"])]
-        numbers += [0.0, 0.0] if bias is None else [float(bias_group["lr"]), float(bias_group["weight_decay"])]
+        bias_numbers = [] if bias is None else [float(bias_group["lr"]), float(bias_group["weight_decay"])]
         state_of_rows = None, None, None, None
         telemetry, refresh = None, False
         if self.kind is not None:
@@ -432,16 +441,21 @@ class _Layer:
             refresh = self.refresh == 0 or weight.is_cuda and torch.cuda.is_current_stream_capturing()
         layer = dy, x, saved, weight, *state_of_rows, bias
         keep_norm, need_x = group["retraction"] == "renormalize", needs[0] and not low
-        if momentum:
-            buffer, radius_buffer, *of_weight = self._buffers(weight, group)
-            bias_buffer, _, *of_bias = (None, None, 0.0, 1.0) if bias is None else self._buffers(bias, bias_group)
-            result = _C.in_backward_momentum_(
-                *layer, buffer, radius_buffer, bias_buffer, self.kind or "swn", [*numbers, *of_weight, *of_bias],
-                group["nesterov"], group["maximize"], keep_norm, need_x,
+        kind, alone = self.kind or "swn", inside.optimizer._alone(weight, group)
+        if alone is None:
+            result = _C.in_backward_sgd_(
+                *layer, telemetry, kind, [*numbers, *(bias_numbers or (0.0, 0.0))], group["maximize"], keep_norm, refresh,
+                need_x,
             )
         else:
-            result = _C.in_backward_sgd_(
-                *layer, telemetry, self.kind or "swn", numbers, group["maximize"], keep_norm, refresh, need_x
+            buffers, radius_buffers, rule = alone
+            bias_buffers = []
+            if bias is not None:
+                bias_buffers, _, bias_rule = inside.optimizer._alone(bias, bias_group)
+                bias_numbers += bias_rule
+            result = _C.in_backward_buffers_(
+                *layer, buffers, radius_buffers, bias_buffers, kind, [*numbers, *rule], bias_numbers,
+                isinstance(inside.optimizer, optim.PolarAdam), _option(group), group["maximize"], keep_norm, need_x,
             )
         self.folded = self.kind is None
         self.mark = optim._mark(weight)
@@ -457,25 +471,15 @@ class _Layer:
             return False
         own = inside.group(bias)
         like = bias.dtype == self.weight.dtype and bias.is_contiguous() and own["maximize"] == group["maximize"]
-        if own["momentum"] != 0:
-            like = like and group["momentum"] != 0 and own["nesterov"] == group["nesterov"]
-        return like and _is_linear_step(own)
+        if _keeps_buffers(own):
+            like = like and _option(own) == _option(group)
+        return like and _keeps_buffers(own) == _keeps_buffers(group) and _is_row_step(own)
 
-    def _takes_momentum(self, group: dict, batch: int) -> bool:
-        return self.weight.is_cpu and 0 < batch <= LARGEST_BATCH and not (group["telemetry"] and self.kind is not None)
-
-    def _buffers(self, p: Tensor, group: dict) -> tuple[Tensor | None, Tensor | None, float, float]:
-        """The optimizer's buffers of momentum, of p and of its radius, the momentum, and the weight of the gradient in it."""
-        if group["momentum"] == 0:
-            return None, None, 0.0, 1.0
-        state = self.inside.optimizer.state[p]
-        first = "momentum_buffer" not in state
-        if first:
-            state["momentum_buffer"] = torch.zeros_like(p)
-            if "radius" in state:
-                state["radius_momentum_buffer"] = torch.zeros_like(state["radius"])
-        weight = 1.0 if first else 1.0 - float(group["dampening"])
-        return state["momentum_buffer"], state.get("radius_momentum_buffer"), float(group["momentum"]), weight
+    def _by_product(self, group: dict, batch: int) -> bool:
+        if not _keeps_buffers(group):
+            return _is_row_step(group)
+        reports = group["telemetry"] and self.kind is not None
+        return _is_row_step(group) and self.weight.is_cpu and 0 < batch <= LARGEST_BATCH and not reports
 
 
 class _Step(torch.autograd.Function):

@@ -366,6 +366,11 @@ class _PolarOptimizer(torch.optim.Optimizer):
         """Adds the buffers of the optimizer."""
         raise NotImplementedError
 
+    def _alone(self, p: Tensor, group: dict) -> tuple[list, list, list] | None:
+        """For a step of one parameter inside the backward, which the caller takes: its buffers, those of its radius, and the
+        numbers of the rule. None where there are no buffers."""
+        raise NotImplementedError
+
     # ---------------------------------------------------------------------------------------------------------- step
 
     @_hooked
@@ -569,6 +574,18 @@ class _PolarOptimizer(torch.optim.Optimizer):
         return result
 
 
+def _add_buffers(state: dict, names: Iterable, weight: Tensor) -> None:
+    for name in names:
+        if name not in state:
+            state[name] = torch.zeros_like(weight)
+            if "radius" in state:
+                state["radius_" + name] = torch.zeros_like(state["radius"])
+
+
+def _columns(state: dict, names: Iterable) -> tuple[list, list]:
+    return [state[name] for name in names], [state["radius_" + name] for name in names if "radius" in state]
+
+
 class PolarSGD(_PolarOptimizer):
     """torch.optim.SGD on the (g, v) or (alpha, v) of plain weights.
 
@@ -661,6 +678,15 @@ class PolarSGD(_PolarOptimizer):
         likes = {"momentum_buffer": bucket.weights, "radius_momentum_buffer": bucket.radius}
         for name, tensors in likes.items():
             bucket.buffers[name] = [torch.zeros_like(x) for x in tensors] if bucket.first else bucket.column(name)
+
+    def _alone(self, p: Tensor, group: dict) -> tuple[list, list, list] | None:
+        if group["momentum"] == 0:
+            return None
+        state = self.state[p]
+        first = "momentum_buffer" not in state
+        _add_buffers(state, self._buffers, p)
+        numbers = [group["momentum"], 1.0 if first else 1.0 - group["dampening"]]
+        return *_columns(state, self._buffers), numbers
 
     def _call(self, group: dict, bucket: _Bucket, numbers: list, options: tuple) -> None:
         numbers += group["momentum"], 1.0 if bucket.first else 1.0 - group["dampening"]
@@ -772,10 +798,7 @@ class PolarAdam(_PolarOptimizer):
 
     def _fill(self, bucket: _Bucket, group: dict) -> None:
         for state, weight in zip(bucket.states, bucket.weights):
-            for name in self._names(group):
-                if name not in state:
-                    state[name] = torch.zeros_like(weight)
-                    state["radius_" + name] = torch.zeros_like(state["radius"])
+            _add_buffers(state, self._names(group), weight)
         for name in self._names(group):
             for column in (name, "radius_" + name):
                 bucket.buffers[column] = bucket.column(column)
@@ -784,6 +807,14 @@ class PolarAdam(_PolarOptimizer):
         bucket.step = torch.zeros((), device=bucket.params[0].device) if count is None else count.clone()
         for state in bucket.states:
             state["step"] = bucket.step
+
+    def _alone(self, p: Tensor, group: dict) -> tuple[list, list, list] | None:
+        state, names = self.state[p], self._names(group)
+        _add_buffers(state, names, p)
+        # A new count: others may share the old one.
+        state["step"] = torch.ones(()) if "step" not in state else state["step"] + 1
+        self._plans.pop(p, None)
+        return *_columns(state, names), [*map(float, group["betas"]), group["eps"], state["step"].item()]
 
     def _call(self, group: dict, bucket: _Bucket, numbers: list, options: tuple) -> None:
         bucket.step.add_(1)

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <memory>
 
-#include "../numeric.h"
+#include "../step.h"
 
 #if !defined(WN_ONE_VERSION) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define WN_WIDE_VECTORS
@@ -85,11 +85,10 @@ template <class S, int n = S::lanes> WN_INLINE void transpose(typename S::V* v) 
 // out = kept in + a b, for in and out (m, panel), in null for zeros, kept (m,) or null for ones, a (m, k) with element
 // (i, n) at a[i stride + n], or at a[i + n stride] where it is `turned`, and b (k, panel). The product is added up before it
 // meets `in`, which is larger and would be rounded k times. The squares of out are added to squares (m,), if given, lane by
-// lane. With momentum, whose m has rows of `m_stride`, out is what LinearMomentum says.
+// lane.
 template <class S, int m, bool turned, class T>
 WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_stride, const T* a, int64_t stride,
-                           const T* b, int64_t k, typename S::V* squares, const LinearMomentum<T>* momentum,
-                           int64_t m_stride) {
+                           const T* b, int64_t k, typename S::V* squares) {
   typename S::V sum[m][2];
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = typename S::V{};
@@ -105,17 +104,7 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
     typename S::V out0 = sum[i][0], out1 = sum[i][1];
-    if (momentum) {
-      T* const buffer = momentum->m + i * m_stride;
-      const typename S::V u0 = S::load(in + i * S::panel), u1 = S::load(in + i * S::panel + S::lanes);
-      const typename S::V m0 = S::load(buffer), m1 = S::load(buffer + S::lanes);
-      const typename S::V dv0 = out0 + u0 * momentum->of_u[i], dv1 = out1 + u1 * momentum->of_u[i];
-      const T mu = momentum->mu[i], carry = momentum->carry * mu;
-      S::store(buffer, m0 * mu + dv0 * momentum->weight);
-      S::store(buffer + S::lanes, m1 * mu + dv1 * momentum->weight);
-      out0 = u0 * kept[i] - (dv0 * momentum->step + m0 * carry);
-      out1 = u1 * kept[i] - (dv1 * momentum->step + m1 * carry);
-    } else if (in) {
+    if (in) {
       const T factor = kept ? kept[i] : T(1);
       out0 += S::load(in + i * S::panel) * factor;
       out1 += S::load(in + i * S::panel + S::lanes) * factor;
@@ -129,20 +118,13 @@ WN_INLINE void add_product(const T* in, const T* kept, T* out, int64_t out_strid
 // The same for any m.
 template <class S, bool turned, class T>
 WN_INLINE void add_products(int64_t m, const T* in, const T* kept, T* out, int64_t out_stride, const T* a,
-                            int64_t stride, const T* b, int64_t k, typename S::V* squares = nullptr,
-                            const LinearMomentum<T>* momentum = nullptr, int64_t m_stride = 0) {
+                            int64_t stride, const T* b, int64_t k, typename S::V* squares = nullptr) {
   int64_t i = 0;
   const auto tiles = [&](auto size) __attribute__((always_inline)) {
-    for (; i + size <= m; i += size) {
-      LinearMomentum<T> of_tile{};
-      if (momentum) {
-        of_tile = *momentum;
-        of_tile.m += i * m_stride, of_tile.of_u += i, of_tile.mu += i;
-      }
+    for (; i + size <= m; i += size)
       add_product<S, size, turned>(in ? in + i * S::panel : nullptr, kept ? kept + i : nullptr, out + i * out_stride,
                                    out_stride, a + i * (turned ? 1 : stride), stride, b, k,
-                                   squares ? squares + i : nullptr, momentum ? &of_tile : nullptr, m_stride);
-    }
+                                   squares ? squares + i : nullptr);
   };
   if constexpr (S::tile == 8) tiles(std::integral_constant<int, 8>{});
   tiles(std::integral_constant<int, 4>{});
@@ -170,12 +152,34 @@ template <class S, class T> WN_INLINE void pack(const T* from, int64_t stride, i
 // Rows of a panel of u, which stays in L1 between the product that reads it and the one that updates it.
 constexpr int64_t kBlock = 32;
 
-template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, int64_t first, int64_t last) {
+// The combination of `count` elements of a row of u and e^T x, both in panels, with the buffers from element `at` on. Writes
+// u, with zeros behind those elements as before.
+template <class Formula, class T, class Count>
+WN_INLINE void combine_row(Count count, const T* coefficients, T* u, const T* product, T* const* buffers, int64_t at) {
+  constexpr int state = Formula::inputs - 2;
+  static_assert(Formula::outputs == 1 + state);
+  T c[Formula::coefficients], *buffer[state];
+  std::copy_n(coefficients, Formula::coefficients, c);
+  for (int i = 0; i < state; ++i) buffer[i] = buffers[i] + at;
+  const auto each = [&](int64_t lane) __attribute__((always_inline)) {
+    T x[Formula::inputs], y[Formula::outputs];
+    x[0] = u[lane], x[1] = product[lane];
+    static_for<state>([&](auto i) __attribute__((always_inline)) { x[2 + i] = buffer[i][lane]; });
+    Formula::combine(c, x, y);
+    u[lane] = y[0];
+    static_for<state>([&](auto i) __attribute__((always_inline)) { buffer[i][lane] = y[1 + i]; });
+  };
+#pragma omp simd
+  for (int64_t lane = 0; lane < count; ++lane) each(lane);
+}
+
+template <class S, class T, class Formula>
+WN_INLINE void step_columns(const LinearStep<T, Formula>& p, int64_t first, int64_t last) {
+  constexpr bool has_formula = !std::is_void_v<Formula>;
   constexpr int64_t P = S::panel;
   const int64_t count = last - first, panels = (count + P - 1) / P, batch = p.batch;
-  const Scratch<T> memory(2 * batch * panels * P + 2 * kBlock * P);
+  const Scratch<T> memory(2 * batch * panels * P + (has_formula ? 2 : 1) * kBlock * P);
   T *const x = memory.data(), *const dx = x + batch * panels * P, *const u = dx + batch * panels * P;
-  T* const end_of_m = u + kBlock * P;  // what of a row of m is less than a panel
   typename S::V sums[kBlock];
   pack<S>(p.x + first, p.width, batch, count, x);
   if (p.dx) std::fill(dx, u, T(0));
@@ -187,9 +191,10 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
       const bool turns = c + 1 == panels;  // to the next block; the hardware does not foresee runs as short as a panel's
       const T* const next = turns ? p.u + (row + rows) * p.width + first : p.u + at + P;
       for (int64_t r = 0; r < (turns ? after : rows); ++r)
-        for (int64_t i = 0; i < P; i += 64 / sizeof(T)) {
-          __builtin_prefetch(next + r * p.width + i, 0, 2);
-          if (p.momentum) __builtin_prefetch(p.momentum->m + (next - p.u) + r * p.width + i, 0, 2);
+        for (int64_t i = r * p.width; i < r * p.width + P; i += 64 / sizeof(T)) {
+          __builtin_prefetch(next + i, 0, 2);
+          if constexpr (has_formula)
+            for (int b = 0; b < Formula::inputs - 2; ++b) __builtin_prefetch(p.buffers[b] + (next - p.u) + i, 0, 2);
         }
       pack<S>(p.u + at, p.width, rows, width, u);
       if (p.dx) {
@@ -197,21 +202,25 @@ template <class S, class T> WN_INLINE void step_columns(const LinearStep<T>& p, 
         add_products<S, true, T>(batch, d, nullptr, d, P, p.a + row * batch, batch, u, rows);
       }
       const bool whole = width == P;
-      LinearMomentum<T> momentum{};
-      if (p.momentum) {
-        momentum = *p.momentum;
-        momentum.m = whole ? momentum.m + at : end_of_m, momentum.of_u += row, momentum.mu += row;
-        if (!whole) pack<S>(p.momentum->m + at, p.width, rows, width, end_of_m);
+      if constexpr (has_formula) {
+        T* const product = u + kBlock * P;
+        add_products<S, false, T>(rows, nullptr, nullptr, product, P, p.e + row * batch, batch, x + c * batch * P, batch);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* const coefficients = p.coefficients + (row + r) * Formula::coefficients;
+          T *const of_row = u + r * P, *const to = p.updated + at + r * p.width;
+          if (whole) combine_row<Formula>(std::integral_constant<int64_t, P>{}, coefficients, of_row, product + r * P, p.buffers,
+                                          at + r * p.width);
+          else combine_row<Formula>(width, coefficients, of_row, product + r * P, p.buffers, at + r * p.width);
+          const typename S::V u0 = S::load(of_row), u1 = S::load(of_row + S::lanes);
+          if (p.squares) sums[r] += u0 * u0 + u1 * u1;
+          std::copy(of_row, of_row + (whole ? P : width), to);
+        }
+        continue;
       }
       add_products<S, false, T>(rows, u, p.kept + row, whole ? p.updated + at : u, whole ? p.width : P,
-                                p.e + row * batch, batch, x + c * batch * P, batch, p.squares ? sums : nullptr,
-                                p.momentum ? &momentum : nullptr, whole ? p.width : P);
-      const auto copy_back = [&](const T* from, T* to) __attribute__((always_inline)) {
-        for (int64_t r = 0; r < rows && !whole; ++r)
-          std::copy(from + r * P, from + r * P + width, to + at + r * p.width);
-      };
-      copy_back(u, p.updated);
-      if (p.momentum) copy_back(end_of_m, p.momentum->m);
+                                p.e + row * batch, batch, x + c * batch * P, batch, p.squares ? sums : nullptr);
+      for (int64_t r = 0; r < rows && !whole; ++r)
+        std::copy(u + r * P, u + r * P + width, p.updated + at + r * p.width);
     }
     for (int64_t r = 0; r < rows && p.squares; r += S::lanes) {
       sum_lanes<S>(sums + r);
@@ -411,19 +420,20 @@ template <class S, class T> WN_INLINE void turn_rows(const LinearFactors<T>& p, 
   one_by_one(first, b, p.batch);
 }
 
-template <class T, int bytes> WN_INLINE void part_of(const LinearForward<T>& p, int64_t first, int64_t last) {
+template <int bytes, class T> WN_INLINE void part_of(const LinearForward<T>& p, int64_t first, int64_t last) {
   forward_rows<Simd<T, bytes>>(p, first, last);
 }
-template <class T, int bytes> WN_INLINE void part_of(const LinearStep<T>& p, int64_t first, int64_t last) {
+template <int bytes, class T, class Formula>
+WN_INLINE void part_of(const LinearStep<T, Formula>& p, int64_t first, int64_t last) {
   step_columns<Simd<T, bytes>>(p, first, last);
 }
-template <class T, int bytes> WN_INLINE void part_of(const LinearFactors<T>& p, int64_t first, int64_t last) {
+template <int bytes, class T> WN_INLINE void part_of(const LinearFactors<T>& p, int64_t first, int64_t last) {
   turn_rows<Simd<T, bytes>>(p, first, last);
 }
-template <class T, int bytes> WN_INLINE void part_of(const LinearGram<T>& p, int64_t first, int64_t last) {
+template <int bytes, class T> WN_INLINE void part_of(const LinearGram<T>& p, int64_t first, int64_t last) {
   gram_rows<Simd<T, bytes>>(p, first, last);
 }
-template <class T, int bytes> WN_INLINE void part_of(const LinearSums<T>& p, int64_t first, int64_t last) {
+template <int bytes, class T> WN_INLINE void part_of(const LinearSums<T>& p, int64_t first, int64_t last) {
   sum_rows<Simd<T, bytes>>(p, first, last);
 }
 
@@ -431,21 +441,21 @@ template <class T, int bytes> WN_INLINE void part_of(const LinearSums<T>& p, int
 // vectors of this machine.
 template <class Problem> using Part = void (*)(const Problem&, int64_t first, int64_t last);
 
-template <class T, template <class> class Problem>
-void part_by_16(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 16>(p, first, last); }
+template <class Problem>
+void part_by_16(const Problem& p, int64_t first, int64_t last) { part_of<16>(p, first, last); }
 #ifdef WN_WIDE_VECTORS
-template <class T, template <class> class Problem> __attribute__((target("arch=x86-64-v3")))
-void part_by_32(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 32>(p, first, last); }
-template <class T, template <class> class Problem> __attribute__((target("arch=x86-64-v4")))
-void part_by_64(const Problem<T>& p, int64_t first, int64_t last) { part_of<T, 64>(p, first, last); }
+template <class Problem> __attribute__((target("arch=x86-64-v3")))
+void part_by_32(const Problem& p, int64_t first, int64_t last) { part_of<32>(p, first, last); }
+template <class Problem> __attribute__((target("arch=x86-64-v4")))
+void part_by_64(const Problem& p, int64_t first, int64_t last) { part_of<64>(p, first, last); }
 #endif
 
-template <class T, template <class> class Problem> Part<Problem<T>> part() {
+template <class Problem> Part<Problem> part() {
 #ifdef WN_WIDE_VECTORS
-  if (__builtin_cpu_supports("x86-64-v4")) return &part_by_64<T, Problem>;
-  if (__builtin_cpu_supports("x86-64-v3")) return &part_by_32<T, Problem>;
+  if (__builtin_cpu_supports("x86-64-v4")) return &part_by_64<Problem>;
+  if (__builtin_cpu_supports("x86-64-v3")) return &part_by_32<Problem>;
 #endif
-  return &part_by_16<T, Problem>;
+  return &part_by_16<Problem>;
 }
 
 // Columns of one task of a step, at most, and what their number is a multiple of.
@@ -457,14 +467,14 @@ bool small_products(int64_t batch) { return batch > 0 && batch <= 512; }  // lar
 
 template <class T> void LinearForward<T>::run() const {
   constexpr int64_t unit = kRows;
-  const auto forward = part<T, wn::cpu::LinearForward>();
+  const auto forward = part<LinearForward>();
   at::parallel_for(0, (rows + unit - 1) / unit, 1 + 2048 / (1 + batch * width), [&](int64_t begin, int64_t end) {
     forward(*this, begin * unit, std::min(rows, end * unit));
   });
 }
 
-template <class T> void LinearStep<T>::run() const {
-  const auto step = part<T, wn::cpu::LinearStep>();
+template <class T, class Formula> void LinearStep<T, Formula>::run() const {
+  const auto step = part<LinearStep>();
   const int64_t tasks = std::max<int64_t>(at::get_num_threads(), (width + kColumns - 1) / kColumns);
   const int64_t units = (width + kColumnUnit - 1) / kColumnUnit, columns = (units + tasks - 1) / tasks * kColumnUnit;
   const int64_t parts = (width + columns - 1) / columns;
@@ -483,24 +493,28 @@ template <class T> void LinearStep<T>::run() const {
 }
 
 template <class T> void LinearGram<T>::run() const {
-  const auto gram_of = part<T, wn::cpu::LinearGram>();
+  const auto gram_of = part<LinearGram>();
   at::parallel_for(0, (batch + kRows - 1) / kRows, 1 + 2048 / (1 + batch * width), [&](int64_t begin, int64_t end) {
     gram_of(*this, begin * kRows, std::min(batch, end * kRows));
   });
 }
 
 template <class T> void LinearFactors<T>::run(int64_t first, int64_t last) const {
-  part<T, wn::cpu::LinearFactors>()(*this, first, last);
+  part<LinearFactors>()(*this, first, last);
 }
 
 template <class T> void LinearSums<T>::run(int64_t first, int64_t last) const {
-  part<T, wn::cpu::LinearSums>()(*this, first, last);
+  part<LinearSums>()(*this, first, last);
 }
 
 template struct LinearForward<float>;
 template struct LinearForward<double>;
 template struct LinearStep<float>;
 template struct LinearStep<double>;
+template struct LinearStep<float, PolarSgd<true, false>>;
+template struct LinearStep<double, PolarSgd<true, false>>;
+template struct LinearStep<float, PolarAdam<false, false>>;
+template struct LinearStep<double, PolarAdam<false, false>>;
 template struct LinearFactors<float>;
 template struct LinearFactors<double>;
 template struct LinearGram<float>;

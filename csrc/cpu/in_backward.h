@@ -17,23 +17,19 @@ template <class T> struct LinearForward {
   void run() const;
 };
 
-// With momentum: dv = e^T x + diag(of_u) u, updated = diag(kept) u - step dv - carry diag(mu) m, m = diag(mu) m + weight dv.
-// m (rows, width); of_u, mu (rows,).
-template <class T> struct LinearMomentum {
-  T* m;
-  const T *of_u, *mu;
-  T weight, step, carry;
-};
-
 // dx = a u, and updated = diag(kept) u + e^T x, where u is read once for both; squares = the squared lengths of the rows of
 // updated, out of the range of T where they are out of its. x, dx (batch, width); u, updated, which may be u, (rows, width);
 // a^T, e^T (rows, batch); kept, squares (rows,). dx, with a, and squares may be null.
-template <class T> struct LinearStep {
+//
+// With a formula of step.h, updated and the buffers (rows, width) are its combination of u, e^T x and the buffers, by
+// coefficients (rows, its number of them), in place of kept.
+template <class T, class Formula = void> struct LinearStep {
   const T *x, *a, *e, *kept, *u;
   T *updated, *dx;
   double* squares;
   int64_t batch, rows, width;
-  const LinearMomentum<T>* momentum = nullptr;
+  T *const* buffers = nullptr;
+  const T* coefficients = nullptr;
 
   void run() const;
 };
