@@ -29,6 +29,7 @@ enum : size_t { kLr, kRadiusLr, kWeightDecay, kRadiusWeightDecay, kBiasLr, kBias
 // Of a weight with buffers the first four, and then, of a bias the rate and the decay, and then:
 enum : size_t { kMomentum, kGradientWeight, kMomentumNumbers };
 enum : size_t { kBeta1, kBeta2, kEps, kStep, kAverageNumbers };
+constexpr size_t kOfWeight = kBiasLr, kOfBias = 2;
 
 // Rows of one tile are worked on together, element by element.
 constexpr int kTile = 16;
@@ -182,7 +183,7 @@ template <class T, class With> struct Prepare {
   WN_INLINE void operator()(int64_t from, int64_t count) const {
     double sum[kRows], inner[kRows], square[kRows];
     cpu::LinearSums<T>{dy, z, gram, batch, rows, sum, inner, square}.run(from, from + count);
-    for (int64_t j = 0; j < count && bias; ++j) step_bias(from + j, a.sign * sum[j]);
+    if (bias) step_bias(from, count, sum);
     T old_scale[kRows], factor[kRows];
     for (int64_t j = 0; j < count; ++j) old_scale[j] = a.polar ? scale[from + j] : T(1);
     if constexpr (With::buffers > 0) {
@@ -205,21 +206,23 @@ template <class T, class With> struct Prepare {
     write(of_weight, factor);
   }
 
-  WN_INLINE void step_bias(int64_t row, double gradient) const {
+  WN_INLINE void step_bias(int64_t from, int64_t count, const double* sum) const {
     if constexpr (With::buffers > 0) {
       using Formula = typename With::Formula;
-      double c[Formula::coefficients], x[Formula::inputs] = {bias[row], gradient}, y[Formula::outputs];
-      T* buffer[With::buffers];
-      for (int i = 0; i < With::buffers; ++i) {
-        buffer[i] = buffered.of_bias[i].template mutable_data_ptr<T>() + row;
-        x[2 + i] = *buffer[i];
-      }
+      double c[Formula::coefficients];
       buffered.bias.coefficients(true, 1, 0, c);
-      Formula::combine(c, x, y);
-      bias[row] = static_cast<T>(y[0]);
-      for (int i = 0; i < With::buffers; ++i) *buffer[i] = static_cast<T>(y[1 + i]);
+      T* buffer[With::buffers];
+      for (int i = 0; i < With::buffers; ++i) buffer[i] = buffered.of_bias[i].template mutable_data_ptr<T>();
+      for (int64_t row = from; row < from + count; ++row) {
+        double x[Formula::inputs] = {bias[row], a.sign * sum[row - from]}, y[Formula::outputs];
+        for (int i = 0; i < With::buffers; ++i) x[2 + i] = buffer[i][row];
+        Formula::combine(c, x, y);
+        bias[row] = static_cast<T>(y[0]);
+        for (int i = 0; i < With::buffers; ++i) buffer[i][row] = static_cast<T>(y[1 + i]);
+      }
     } else {
-      bias[row] -= static_cast<T>(a.bias_lr * (gradient + a.bias_weight_decay * bias[row]));
+      for (int64_t j = 0; j < count; ++j)
+        bias[from + j] -= static_cast<T>(a.bias_lr * (a.sign * sum[j] + a.bias_weight_decay * bias[from + j]));
     }
   }
 
@@ -286,28 +289,38 @@ template <class T, class With> struct Prepare {
 
   WN_INLINE void step_with_buffers(int64_t from, int64_t count, const double* inner, T* factor) const {
     constexpr int coefficients = With::Formula::coefficients;
-    T* const c = kept + from * coefficients;
+    T* const of_rows = kept + from * coefficients;
     if (!a.polar) {
+      T c[coefficients];
+      buffered.weight.coefficients(true, 1, 0, c);
+      for (int64_t j = 0; j < count; ++j) std::copy_n(c, coefficients, of_rows + j * coefficients);
       std::fill_n(factor, count, static_cast<T>(a.sign));
-      for (int64_t j = 0; j < count; ++j) buffered.weight.coefficients(true, 1, 0, c + j * coefficients);
       return;
     }
     const RowState state = a.state;
-    double s[kRows], radius[kRows];
-    double* radius_buffer[With::buffers];
-    for (int i = 0; i < With::buffers; ++i) radius_buffer[i] = buffered.of_radius[i].template mutable_data_ptr<double>() + from;
+    const With weight = buffered.weight;
+    double s[kRows], radius[kRows], rho[kRows], turned[kRows], of_radius[With::buffers][kRows], *buffer[With::buffers];
+    T c[coefficients][kRows];
+    for (int i = 0; i < With::buffers; ++i) buffer[i] = buffered.of_radius[i].template mutable_data_ptr<double>() + from;
     signed_radii(from, count, s);
     for (int64_t j = 0; j < count; ++j) {
-      double buffers[With::buffers];
-      for (int i = 0; i < With::buffers; ++i) buffers[i] = radius_buffer[i][j];
+      double before[With::buffers];
+      static_for<With::buffers>([&](auto i) __attribute__((always_inline)) { before[i] = buffer[i][j]; });
       const Row old{state.rho[from + j], state.norm[from + j], state.radius[from + j], s[j]};
-      const auto row = RowWith<With>::of(state, buffered.weight, old, a.sign * inner[j], buffers);
-      for (int i = 0; i < With::buffers; ++i) radius_buffer[i][j] = row.radius_buffers[i];
-      radius[j] = row.radius;
+      const auto row = RowWith<With>::of(state, weight, old, a.sign * inner[j], before);
+      static_for<With::buffers>([&](auto i) __attribute__((always_inline)) { of_radius[i][j] = row.radius_buffers[i]; });
+      radius[j] = row.radius, rho[j] = old.rho, turned[j] = row.turned;
       factor[j] = static_cast<T>(a.sign * row.factor);
-      buffered.weight.coefficients(row.exists, row.rho, row.turned, c + j * coefficients);
     }
+    for (int64_t j = 0; j < count; ++j) {
+      T of_row[coefficients];
+      weight.coefficients(rho[j] != 0, rho[j], turned[j], of_row);
+      static_for<coefficients>([&](auto q) __attribute__((always_inline)) { c[q][j] = of_row[q]; });
+    }
+    for (int64_t j = 0; j < count; ++j)
+      for (int q = 0; q < coefficients; ++q) of_rows[j * coefficients + q] = c[q][j];
     std::copy(radius, radius + count, state.radius + from);
+    for (int i = 0; i < With::buffers; ++i) std::copy_n(of_radius[i], count, buffer[i]);
   }
 };
 
@@ -495,7 +508,7 @@ Tensor in_backward_buffers_(const Tensor& grad, const Tensor& x, const std::opti
                             at::ArrayRef<double> bias_numbers, bool averages, bool option, bool maximize, bool keep_norm,
                             bool need_x) {
   const size_t count = averages ? kAverageNumbers : kMomentumNumbers, lists = averages ? WithAverages::buffers : WithMomentum::buffers;
-  Arguments a = arguments_of(grad, x, z, weight, scale, rho, radius, norm, bias, kind, numbers, kBiasLr + count, maximize,
+  Arguments a = arguments_of(grad, x, z, weight, scale, rho, radius, norm, bias, kind, numbers, kOfWeight + count, maximize,
                              keep_norm, need_x);
   TORCH_CHECK_VALUE(weight.is_cpu() && cpu::small_products(a.x.size(0)), "a step with buffers goes by the products for "
                     "batches of 1 to 512 on a CPU, got a batch of ", a.x.size(0), " on ", weight.device());
@@ -516,7 +529,7 @@ Tensor in_backward_buffers_(const Tensor& grad, const Tensor& x, const std::opti
   check_list("radius_buffers", radius_buffers, a.polar,
              [&](const char* name, const Tensor& t) { check_state(name, t, weight, true, 1); });
   check_list("bias_buffers", bias_buffers, bias.has_value(), like(a.bias));
-  const size_t of_bias = bias ? 2 + count : 0;
+  const size_t of_bias = bias ? kOfBias + count : 0;
   TORCH_CHECK_VALUE(bias_numbers.size() == of_bias, "bias_numbers must have ", of_bias, " entries, got ", bias_numbers.size());
   a.measure = a.polar;
   const auto step = [&](auto rule) {
@@ -524,8 +537,8 @@ Tensor in_backward_buffers_(const Tensor& grad, const Tensor& x, const std::opti
     const auto made = [&](at::ArrayRef<double> n, size_t decay, size_t first) {
       return with(rule, n[0], n[decay], n.slice(first), option);
     };
-    const With of_weight = made(numbers, kWeightDecay, kBiasLr);
-    return take_step(a, z, x, Buffered<With>{of_weight, bias ? made(bias_numbers, 1, 2) : of_weight, buffers, radius_buffers,
+    const With of_weight = made(numbers, kWeightDecay, kOfWeight);
+    return take_step(a, z, x, Buffered<With>{of_weight, bias ? made(bias_numbers, 1, kOfBias) : of_weight, buffers, radius_buffers,
                                              bias_buffers});
   };
   const Tensor dx = averages ? step(std::type_identity<WithAverages>{}) : step(std::type_identity<WithMomentum>{});

@@ -14,8 +14,6 @@
 // and n' is measured where v' is written. G is still that product, which is not stored.
 #pragma once
 
-#include <algorithm>
-
 #include "step.h"
 
 namespace wn {
@@ -118,7 +116,7 @@ struct WithMomentum {
   Momentum momentum;
   double lr, decay;
 
-  // v = rho u; turned = -k p/n; all but w' = w + 0 is 0 of a row that has lost its direction.
+  // v = rho u; turned = -k p/n; a row that has lost its direction, and is zero, stays.
   template <class T> WN_INLINE void coefficients(bool exists, double rho, double turned, T* c) const {
     const auto set = [&](int i, double of_existing) { c[i] = static_cast<T>(zero_unless(exists, of_existing)); };
     const double along = (decay + turned) * rho;
@@ -169,23 +167,20 @@ struct WithAverages {
 // A row of such a step: u' = v' before `finish`, which knows its length.
 template <class With> struct RowWith {
   double radius, radius_buffers[With::buffers];
-  double factor;            // of dy in e
-  double rho, turned;       // of With::coefficients
-  bool exists;
+  double factor;  // of dy in e
+  double turned;  // -k p/n
 
   static WN_INLINE RowWith of(const RowState& state, const With& with, const Row& old, double inner,
                               const double* radius_buffers) {
     const double p = RowStep::along_v(old, inner);
     const bool moves = RowStep::moves(state, old);
     RowWith x;
-    std::copy_n(radius_buffers, With::buffers, x.radius_buffers);
+    for (int i = 0; i < With::buffers; ++i) x.radius_buffers[i] = radius_buffers[i];
     x.radius = with.radius(old.radius, state.kind == Kind::ewn ? old.s * p : p, state.radius_lr, state.radius_weight_decay,
                            x.radius_buffers);
     x.radius = pick(moves, x.radius, old.radius);
     for (int i = 0; i < With::buffers; ++i) x.radius_buffers[i] = pick(moves, x.radius_buffers[i], radius_buffers[i]);
-    x.exists = RowStep::exists(old);
-    x.factor = zero_unless(x.exists & !state.one_column, old.s / old.norm);
-    x.rho = old.rho;
+    x.factor = zero_unless(RowStep::exists(old) & !state.one_column, old.s / old.norm);
     x.turned = -x.factor * p / old.norm;
     return x;
   }
