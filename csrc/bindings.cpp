@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cpu/in_backward.h"
 #include "ops.h"
 #include "shared_weights.h"
 #include "step.h"
@@ -182,6 +183,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "in_backward_linear", op::in_backward_linear);
   define(m, "in_backward_sgd_", in_backward_sgd_);
   define(m, "in_backward_buffers_", in_backward_buffers_);
+  m.def("small_products", &cpu::small_products);
   m.def("records_functions", &at::hasCallbacks);
   py::class_<StepLists>(m, "StepLists")
       .def(py::init([](std::vector<py::object> params, std::vector<py::object> weights, Tensors radius, Tensors norm,

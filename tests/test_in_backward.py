@@ -332,6 +332,21 @@ def test_no_two_gradients_of_weights_are_alive_at_once():
     assert most == 0 and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("make", [PolarSGD, PolarAdamW])
+def test_vectors_wait_for_the_step(make):
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    plain, inside, handle = twins(model, "swn", make, lr=0.01, eps=1e-3) if make is PolarAdamW else twins(model, "swn")
+    for _ in range(10):
+        x, y = batch_for(model, 4)
+        step(*plain, x, y)
+        F.mse_loss(inside[0](x), y).backward()
+        assert all((p.grad is not None) == (name in ("1.weight", "1.bias")) for name, p in inside[0].named_parameters())
+        inside[1].step()
+        assert all(p.grad is None for p in inside[0].parameters())
+    handle.remove()
+    assert distance(plain[0], inside[0]) < 1e-12
+
+
 def test_embeddings_and_tied_weights():
     class Tied(nn.Module):
         def __init__(self):

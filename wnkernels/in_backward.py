@@ -16,12 +16,14 @@
   written once more: on a CPU, for batches up to 512, and without telemetry. Of plain layers too.
 - Everything else (convolutions, embeddings, momentum and Adam elsewhere, tied or 16-bit weights, rates for each row or on
   a CUDA device) has its gradient for as long as its own step takes, so that no two gradients of weights are there at once.
+- Plain vectors (norms, and biases that no layer steps) keep their gradients until ``optimizer.step()``, which steps them
+  together and drops them.
 
 One backward is one step, and `optimizer.step()` must follow it: a second backward before that is refused,
 since gradient accumulation would have to wait for the sum. So are, where they can be seen, other things that
 need finished gradients: ``GradScaler`` (at its first step), and more than one process (DDP, FSDP). What
-cannot be seen: clipping, logging or editing gradients after the backward finds no gradients, as ``p.grad`` is
-None; `torch.nn.utils.clip_grad_norm_` returns 0. A loss that uses a ``Linear`` weight directly as well (a
+cannot be seen: clipping, logging or editing gradients after the backward finds none of weights, as their ``p.grad``
+is None; `torch.nn.utils.clip_grad_norm_` sees those of vectors at most. A loss that uses a ``Linear`` weight directly as well (a
 penalty) is refused in the backward, after the step of its layer.
 
 A layer that is used several times in one forward, or was with a graph that is still alive, is stepped by its
@@ -51,8 +53,6 @@ from . import _C, functional, optim
 
 __all__ = ["InBackward", "in_backward"]
 
-# Batches that a CPU's products of a step with buffers take.
-LARGEST_BATCH = 512
 # So often is the length of the rows measured, which is otherwise known from the step.
 REFRESH = 256
 
@@ -96,7 +96,10 @@ class InBackward:
         self.layers: dict[Tensor, _Layer] = {}
         for weight, module in self._linear_layers(model).items():
             self.layers[weight] = _Layer(self, module)
-        self._handles = [p.register_post_accumulate_grad_hook(self._accumulated) for p in self.places]
+        # Many small steps cost more than one: what is no weight waits for optimizer.step().
+        self.waiting = [p for p in self.places if not optim._is_polar(p, self.group(p)["kind"]) and p.dim() < 2]
+        at_once = self.places.keys() - set(self.waiting)
+        self._handles = [p.register_post_accumulate_grad_hook(self._accumulated) for p in at_once]
         self._handles.append(optimizer.register_step_pre_hook(self._refuse_scaling))
         self._handles.append(optimizer.register_step_post_hook(self._count))
         optimizer._inside = self
@@ -188,6 +191,8 @@ class InBackward:
 
     def _count(self, optimizer, args, kwargs) -> None:
         self.steps += 1
+        for p in self.waiting:
+            p.grad = None
 
 
 def _refuse_processes() -> None:
@@ -479,7 +484,7 @@ class _Layer:
         if not _keeps_buffers(group):
             return _is_row_step(group)
         reports = group["telemetry"] and self.kind is not None
-        return _is_row_step(group) and self.weight.is_cpu and 0 < batch <= LARGEST_BATCH and not reports
+        return _is_row_step(group) and self.weight.is_cpu and _C.small_products(batch) and not reports
 
 
 class _Step(torch.autograd.Function):
