@@ -505,6 +505,23 @@ def test_short_rows_do_not_depend_on_their_neighbours(length, kind, dtype):
         torch.testing.assert_close(a[regular].double(), b[regular], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype, out_dtype", [(d, d) for d in DTYPES] + [(torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("length", [1024, 4128, 1030])
+def test_outputs_that_no_cache_holds_have_the_same_bits(dtype, out_dtype, length):
+    """From 32 MB on, where rows begin with a line of memory, outputs are stored around the caches."""
+    rows = (33 << 20) // (length * out_dtype.itemsize) + 1
+    v, g, G = draw((rows, length), 0, dtype, out_dtype)
+    v[::7] *= 1e-38  # subnormal elements, and rows that leave the range
+    g.abs_().add_(0.5)
+
+    def parts():
+        for i in range(0, rows, rows // 5):
+            yield ours(v[i:i + rows // 5], g[i:i + rows // 5], G[i:i + rows // 5], 0, "swn", out_dtype)
+
+    for whole, part in zip(ours(v, g, G, 0, "swn", out_dtype), zip(*parts())):
+        assert torch.equal(whole, torch.cat(part))
+
+
 @pytest.mark.parametrize("shape,dim", [((1000, 300), 0), ((3, 70001), 0), ((5000, 30), 1), ((60, 40, 9), 1), ((70000, 9), 0)])
 def test_same_bits_for_any_number_of_threads(shape, dim):
     v, g, G = draw(shape, dim, torch.float32)

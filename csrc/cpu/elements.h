@@ -16,9 +16,10 @@
 #define WN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
-// A version of a function for the processors that round to bfloat16 themselves, which `hardware_bf16` recognizes.
+// A version of a function for processors of that level, which stores around the caches, and which rounds to bfloat16 by the
+// instruction that `hardware_bf16` looks for.
 #if !defined(WN_ONE_VERSION) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define WN_HARDWARE_BF16 __attribute__((target("arch=x86-64-v4")))
+#define WN_HARDWARE __attribute__((target("arch=x86-64-v4")))
 #endif
 
 // For functions that only add up products, which are contracted to multiply-adds. Elsewhere compilers might contract two
@@ -65,9 +66,30 @@ template <class Formula> constexpr bool kAdvances = requires { &Formula::templat
 // Steps keep their rows in double whatever the elements are.
 template <class Formula, class A> using Result = std::conditional_t<(Formula::residuals > 0), double, A>;
 
-// As narrow::from; to bfloat16 by the processor, which takes subnormal numbers for 0.
-template <int width, class A, class T> WN_INLINE void narrow_lanes(const A* from, T* to) {
-#if defined(WN_HARDWARE_BF16)
+#if defined(WN_HARDWARE)
+// To memory, around the caches: a line is not fetched before it is written. `to` lies on the grid of such vectors.
+template <class V> WN_INLINE void stream(const V& vector, void* to) {
+  static_assert(sizeof(V) == kLine);
+  asm volatile("vmovntdq %1, %0" : "=m"(*static_cast<V*>(to)) : "v"(vector));
+}
+#endif
+
+// As narrow::from; to bfloat16 by the processor, which takes subnormal numbers for 0. Around the caches where `around` says
+// so.
+template <int width, class A, class T> WN_INLINE void narrow_lanes(const A* from, T* to, bool around = false) {
+#if defined(WN_HARDWARE)
+  if constexpr (width == kLanes && std::is_same_v<A, T>) {
+    if (around) {
+      typedef T Line __attribute__((vector_size(kLine)));
+      constexpr int lanes = kLine / sizeof(T);
+      for (int lane = 0; lane < width; lane += lanes) {
+        Line line;
+        std::memcpy(&line, from + lane, sizeof(line));
+        stream(line, to + lane);
+      }
+      return;
+    }
+  }
   if constexpr (width == kLanes && std::is_same_v<A, float> && std::is_same_v<T, bf16>) {
     typedef float Floats __attribute__((vector_size(64)));
     typedef short Words __attribute__((vector_size(64)));
@@ -82,7 +104,8 @@ template <int width, class A, class T> WN_INLINE void narrow_lanes(const A* from
     if (__builtin_expect(!(subnormal_low | subnormal_high), 1)) {
       Words rounded;
       asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(high), "v"(low));
-      std::memcpy(to, &rounded, sizeof(rounded));
+      if (around) stream(rounded, to);
+      else std::memcpy(to, &rounded, sizeof(rounded));
       return;
     }
   }
@@ -98,7 +121,8 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   using A = std::conditional_t<(std::is_same_v<I, double> || ...), double, float>;
   static constexpr int64_t bytes = Types<I...>::bytes, largest = std::max({int64_t(sizeof(I))...});
   static constexpr bool has_16_bits = ((sizeof(I) == 2) || ...) || ((sizeof(O) == 2) || ...);
-  static constexpr bool stores_bf16 = (std::is_same_v<O, bf16> || ...);
+  static constexpr bool stores_bf16 = (std::is_same_v<O, bf16> || ...), stores_as_computed = (std::is_same_v<O, A> && ...);
+  static constexpr int64_t out_bytes = Types<O...>::bytes;
 
   const void* in[Formula::inputs];
   void* out[kOutputs<Formula>];
@@ -111,9 +135,9 @@ template <class Formula, class... I, class... O> struct Elements<Formula, Types<
   template <class B> WN_INLINE void load(int64_t i, B* x) const { load(i, x, std::index_sequence_for<I...>{}); }
   template <class B> WN_INLINE void store(int64_t i, const B* y) const { store(i, y, std::index_sequence_for<O...>{}); }
   // y[l][lane] to element i + lane of output l, one output after the other: they need not be told apart then.
-  template <int width> WN_INLINE void store_lanes(int64_t i, const A (*y)[width]) const {
+  template <int width> WN_INLINE void store_lanes(int64_t i, const A (*y)[width], bool around = false) const {
     static_for<sizeof...(O)>([&](auto l) __attribute__((always_inline)) {
-      narrow_lanes<width>(y[l], static_cast<std::tuple_element_t<l, std::tuple<O...>>*>(out[l]) + i);
+      narrow_lanes<width>(y[l], static_cast<std::tuple_element_t<l, std::tuple<O...>>*>(out[l]) + i, around);
     });
   }
   // Asks memory for the lines of `count` elements of the inputs from..to - 1 some way behind element i. They go to the

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <sys/mman.h>
 
 #include <vector>
 
@@ -15,6 +16,7 @@ constexpr int64_t kPiece = 4096;     // elements reduced in one accumulator befo
 constexpr int64_t kGrain = 32768;    // elements worth waking a thread for
 constexpr int64_t kCached = 1 << 20;  // bytes that need not be asked for: they are found in a cache
 constexpr int64_t kLongRow = 1024;   // such rows never go in tiles
+constexpr int64_t kAround = 32 << 20;  // bytes of an output that no cache would keep until it is read
 
 // Calls piece(begin, end) with the offsets of each run of at most kPiece contiguous elements of a row, in order, or in
 // the opposite order.
@@ -186,7 +188,7 @@ WN_INLINE void for_elements(int64_t begin, int64_t end, bool backwards, Lanes&& 
 
 template <class Formula, bool hardware, class E>
 WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, Ahead ahead,
-                             const typename E::A* coefficients) {
+                             const typename E::A* coefficients, bool around = false) {
   using A = typename E::A;
   A c[kCoefficients<Formula>];
   static_for<kCoefficients<Formula>>([&](auto q) __attribute__((always_inline)) { c[q] = coefficients[q]; });
@@ -207,7 +209,7 @@ WN_INLINE void combine_piece(const E& elements, int64_t begin, int64_t end, Ahea
       A lanes[kOutputs<Formula>][kLanes];
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) staged(i, lane, lanes);
-      elements.template store_lanes<kLanes>(i, lanes);
+      elements.template store_lanes<kLanes>(i, lanes, around);
     } else {
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) each(i + lane);
@@ -378,7 +380,7 @@ WN_INLINE bool solve_row(const Problem<Formula>& problem, const E& elements, int
 }
 
 template <class Formula, bool hardware, class E>
-WN_INLINE void each_row(const Problem<Formula>& problem, int64_t first, int64_t last) {
+WN_INLINE void each_row(const Problem<Formula>& problem, int64_t first, int64_t last, bool around = false) {
   using A = typename E::A;
   const E elements(problem);
   const Ahead ahead = ahead_of<Formula, E>(problem);
@@ -395,7 +397,7 @@ WN_INLINE void each_row(const Problem<Formula>& problem, int64_t first, int64_t 
         if constexpr (kAdvances<Formula>)
           rescale_piece<Formula>(elements, begin, end, ahead, c);
         else if constexpr (Formula::outputs > 0)
-          combine_piece<Formula, hardware>(elements, begin, end, ahead, c);
+          combine_piece<Formula, hardware>(elements, begin, end, ahead, c, around);
       }, backwards<Formula>(ahead));
     }
   }
@@ -406,22 +408,46 @@ WN_MULTIVERSION void rows_in_any_range(const Problem<Formula>& problem, int64_t 
   each_row<Formula, false, E>(problem, first, last);
 }
 
-#if defined(WN_HARDWARE_BF16)
+#if defined(WN_HARDWARE)
 inline bool hardware_bf16() {
   static const bool has = __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
   return has;
 }
 
+// Whether memory is there: the operating system makes it in the cache when it is written for the first time.
+inline bool is_resident(const char* address) {
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  unsigned char resident = 0;
+  return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / page * page), 1, &resident) == 0 && resident & 1;
+}
+
+// Whether the output of a problem is too large for a cache, is none of its inputs, and its rows begin with a line; asked
+// before these rows are written.
+template <class Formula, class E> bool goes_around(const Problem<Formula>& problem, int64_t first, int64_t last) {
+  if constexpr (Formula::outputs != 1 || Formula::residuals > 0) return false;
+  const Layout& layout = problem.layout;
+  const int64_t bytes = layout.rows * layout.row_length() * E::out_bytes;
+  if (problem.out[0] == nullptr || bytes < kAround || layout.inner * E::out_bytes % kLine != 0) return false;
+  const char* const out = static_cast<const char*>(problem.out[0]);
+  return reinterpret_cast<uintptr_t>(out) % kLine == 0 &&
+         std::find(std::begin(problem.in), std::end(problem.in), out) == std::end(problem.in) &&
+         is_resident(out + (first + last) / 2 * layout.inner * E::out_bytes);
+}
+
 template <class Formula, class E>
-WN_HARDWARE_BF16 void rows_by_hardware(const Problem<Formula>& problem, int64_t first, int64_t last) {
-  each_row<Formula, true, E>(problem, first, last);
+WN_HARDWARE void rows_by_hardware(const Problem<Formula>& problem, int64_t first, int64_t last, bool around) {
+  each_row<Formula, true, E>(problem, first, last, around);
+  if (around) asm volatile("sfence" ::: "memory");  // before another thread reads
 }
 #endif
 
 template <class Formula, class E> void rows_in_range(const Problem<Formula>& problem, int64_t first, int64_t last) {
-#if defined(WN_HARDWARE_BF16)
+#if defined(WN_HARDWARE)
+  const bool around = goes_around<Formula, E>(problem, first, last);
   if constexpr (E::stores_bf16 && !kAdvances<Formula>)
-    if (hardware_bf16()) return rows_by_hardware<Formula, E>(problem, first, last);
+    if (hardware_bf16()) return rows_by_hardware<Formula, E>(problem, first, last, around);
+  if constexpr (E::stores_as_computed && Formula::outputs == 1 && Formula::residuals == 0)
+    if (around && __builtin_cpu_supports("x86-64-v4")) return rows_by_hardware<Formula, E>(problem, first, last, around);
 #endif
   rows_in_any_range<Formula, E>(problem, first, last);
 }
