@@ -957,6 +957,25 @@ def test_edits_are_picked_up_or_refused():
         inside[0](x)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("options", [dict(lr=0.3, weight_decay=0.1), *WITH_BUFFERS], ids=str)
+def test_weights_loaded_before_the_first_step_have_their_own_length(options, seen):
+    plain, inside, _ = twins(mlp(5, 6, 2), "swn", **options)
+    loaded = {name: 1.7 * value for name, value in mlp(5, 6, 2).state_dict().items()}
+    for model, optimizer in (plain, inside):
+        if seen:  # by a forward, which is no step
+            model(torch.randn(3, 5).double())
+        model.load_state_dict(loaded)
+    for _ in range(5):
+        x, y = batch_for(plain[0], 3)
+        step(*plain, x, y)
+        step(*inside, x, y)
+    assert distance(plain[0], inside[0]) < 1e-12
+    for p, q in zip(plain[0].parameters(), inside[0].parameters()):
+        for name in ("radius", "norm") if p.dim() > 1 else ():
+            torch.testing.assert_close(plain[1].state[p][name], inside[1].state[q][name], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
 def test_resuming_from_state_dicts(options):
     plain, inside, _ = twins(mlp(5, 6, 2), "ewn", **options)

@@ -342,8 +342,11 @@ class _Layer:
         else:
             self.fold()
         if self.kind is not None:
-            group, index = self.inside.group(weight), self.inside.places[weight][1]
-            state = self.inside.optimizer._ready(group, index)
+            optimizer, group, index = self.inside.optimizer, self.inside.group(weight), self.inside.places[weight][1]
+            untouched = weight in optimizer._untouched
+            state = optimizer._ready(group, index)
+            if untouched:  # nor is this its first step
+                optimizer._untouched[weight] = optim._mark(weight)
             state["radius"].copy_(optim._current_radius(state, weight, group)[0])
             if self.scale is None or (self.scale.dtype, self.scale.device) != (weight.dtype, weight.device):
                 self.rho = torch.empty_like(state["radius"])
@@ -428,6 +431,7 @@ class _Layer:
             saved = None  # not the x u^T of this u: made again
         bias = self.module._parameters.raw("bias") if needs[2] and self._steps_bias(group) else None
         inside.begin(weight)
+        inside.optimizer._untouched.pop(weight, None)
         if bias is not None:
             bias_group = inside.group(bias)
             inside.begin(bias)
