@@ -957,6 +957,41 @@ def test_edits_are_picked_up_or_refused():
         inside[0](x)
 
 
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+@pytest.mark.parametrize("kind", ["swn", "ewn", None])
+def test_edits_by_data_are_picked_up_where_the_weight_came_from_the_module(kind, options):
+    plain, inside, _ = twins(mlp(5, 6, 2), kind, **options)
+    for i in range(6):
+        x, y = batch_for(plain[0], 3)
+        if i == 3:
+            for model in (plain[0], inside[0]):
+                model[0].weight.data.clamp_(-0.2, 0.2)
+                for p in model[2].parameters():
+                    p.data *= 1.5
+        assert step(*plain, x, y) == pytest.approx(step(*inside, x, y), rel=1e-12)
+    assert distance(plain[0], inside[0]) < 1e-12
+
+
+@pytest.mark.parametrize("batches", [[3] * 6, [3, 600, 3, 600, 3, 3]])  # 600: by the gradient, with buffers
+@pytest.mark.parametrize("options", [dict(lr=0.3), *WITH_BUFFERS], ids=str)
+def test_what_is_frozen_stays_until_it_is_thawed(options, batches):
+    model = nn.Sequential(*mlp(8, 5), nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3), nn.Flatten(), *mlp(6, 2)).double()
+    model[0].weight.requires_grad_(False)
+    model[2].requires_grad_(False)
+    plain, inside, _ = twins(model, "swn", **options)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    for i, batch in enumerate(batches):
+        if i == 2:
+            for kept, p in zip(frozen, [p for p in inside[0].parameters() if not p.requires_grad], strict=True):
+                assert torch.equal(kept, p)
+            plain[0].requires_grad_(), inside[0].requires_grad_()
+        x, y = batch_for(plain[0], batch)
+        step(*plain, x, y)
+        step(*inside, x, y)
+        assert distance(plain[0], inside[0]) < 1e-12
+    assert not torch.equal(frozen[0], inside[0][0].weight)
+
+
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("options", [dict(lr=0.3, weight_decay=0.1), *WITH_BUFFERS], ids=str)
 def test_weights_loaded_before_the_first_step_have_their_own_length(options, seen):

@@ -43,11 +43,13 @@ every step, one more pass over the weight.
 """
 
 from collections import ChainMap
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from . import _C, functional, optim
 
@@ -99,7 +101,7 @@ class InBackward:
         # Many small steps cost more than one: what is no weight waits for optimizer.step().
         self.waiting = [p for p in self.places if not optim._is_polar(p, self.group(p)["kind"]) and p.dim() < 2]
         at_once = self.places.keys() - set(self.waiting)
-        self._handles = [p.register_post_accumulate_grad_hook(self._accumulated) for p in at_once]
+        self._handles = [_hook_gradient(p, self._accumulated) for p in at_once]
         self._handles.append(optimizer.register_step_pre_hook(self._refuse_scaling))
         self._handles.append(optimizer.register_step_post_hook(self._count))
         optimizer._inside = self
@@ -195,6 +197,16 @@ class InBackward:
             p.grad = None
 
 
+def _hook_gradient(p: Tensor, hook: Callable) -> RemovableHandle:
+    """torch's ``register_post_accumulate_grad_hook``, also for what is frozen and may be thawed."""
+    frozen = not p.requires_grad
+    p.requires_grad_()
+    handle = p.register_post_accumulate_grad_hook(hook)
+    if frozen:
+        p.requires_grad_(False)
+    return handle
+
+
 def _refuse_processes() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -235,19 +247,19 @@ class _Parameters(dict):
         self.raw = super().get
 
     def __getitem__(self, name):
-        self.layer.fold()
+        self.layer.hand_out()
         return super().__getitem__(name)
 
     def get(self, name, default=None):
-        self.layer.fold()
+        self.layer.hand_out()
         return super().get(name, default)
 
     def values(self):
-        self.layer.fold()
+        self.layer.hand_out()
         return super().values()
 
     def items(self):
-        self.layer.fold()
+        self.layer.hand_out()
         return super().items()
 
 
@@ -291,7 +303,7 @@ class _Layer:
         self.scale = self.rho = self.mark = None
         self.folded = True  # the parameter holds the true weight, as far as the host knows
         self.captured = False  # a CUDA graph may write the weight: see `_capture`
-        self.stale = True  # the optimizer's state may have changed
+        self.stale = True  # the optimizer's state, or the weight unseen, may have changed
         self.version = 0  # counts the values that the weight has had
         self.uses = 0  # of this version, by forwards that may still come to their backward
         self.shared = False  # there were several
@@ -318,6 +330,11 @@ class _Layer:
         self.weight.mul_(self.scale.unsqueeze(1))
         self.folded = not self.captured
         self.follow()
+
+    def hand_out(self) -> None:
+        """The true weight, to somebody who may write it by ``.data``, which shows in no mark."""
+        self.fold()
+        self.stale = True
 
     def follow(self) -> None:
         """After a step by the optimizer, or a fold: the weight has the optimizer's radius, and is true."""
