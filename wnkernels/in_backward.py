@@ -31,8 +31,8 @@ gradient.
 
 Between steps a ``Linear`` layer holds its weight up to a factor for each row. Whatever reads it through the
 module (``layer.weight``, ``parameters()``, ``state_dict()``, ``to()``) finds the true weight, which is
-written back at that moment; so do the optimizer's methods. That is a pass over the weight, so leave
-``model.zero_grad()`` out: there is nothing to reset. A parameter that was kept in a variable is true after
+written back at that moment, and may edit it, by ``.data`` too; so do the optimizer's methods. That is two passes over
+the weight, so leave ``model.zero_grad()`` out: there is nothing to reset. A parameter that was kept in a variable is true after
 ``inside.fold()``; an edit of it before that is refused in the next forward. ``copy.deepcopy`` and pickles of
 the model are plain.
 
